@@ -1,0 +1,310 @@
+"""What layers with two-layer memories share: their state, its snapshots, their gates, and the walk over chunks."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nestlearn.functional.associative import chunk_decay
+from nestlearn.layers.readout import GatedReadout
+from nestlearn.layers.streams import Streams
+from nestlearn.layers.timeline import Segment, plan_timeline
+from nestlearn.memory.mlp import InnerRule, MLPChunk, MLPMemory, MLPWeights, WriteGates, read_mlp, read_mlp_chunk
+
+Read = Literal["token", "previous", "chunk"]
+RetainTo = Literal["initial", "zero"]
+State = dict[str, Tensor]
+
+# Below 1 the exact step of a write gate, s / (1 - s + s |a|^2), stays finite for keys near zero.
+LARGEST_GATE = 0.99
+
+
+class MemoryState(NamedTuple):
+    """The memories of a layer inside a context, for each row on its own.
+
+    Attributes:
+        running: the changing part of the memories, (B, H, M, ...).
+        snapshot: that part at the end of the previous chunk.
+        momentum: like running, or None.
+    """
+
+    running: MLPWeights
+    snapshot: MLPWeights
+    momentum: MLPWeights | None
+
+    def named(self) -> State:
+        """As named tensors, for a state dictionary."""
+        names = {
+            "inner": self.running.inner,
+            "outer": self.running.outer,
+            "inner_snapshot": self.snapshot.inner,
+            "outer_snapshot": self.snapshot.outer,
+        }
+        if self.momentum is not None:
+            names |= {"inner_momentum": self.momentum.inner, "outer_momentum": self.momentum.outer}
+        return names
+
+    @staticmethod
+    def of(state: State) -> MemoryState:
+        momentum = None
+        if "inner_momentum" in state:
+            momentum = MLPWeights(state["inner_momentum"], state["outer_momentum"])
+        return MemoryState(
+            MLPWeights(state["inner"], state["outer"]),
+            MLPWeights(state["inner_snapshot"], state["outer_snapshot"]),
+            momentum,
+        )
+
+    def reset(self, rows: Tensor, fresh: MemoryState) -> MemoryState:
+        """The fresh state in the chosen rows (B,)."""
+        momentum = None
+        if self.momentum is not None and fresh.momentum is not None:
+            momentum = fresh.momentum.where(rows, self.momentum)
+        return MemoryState(fresh.running.where(rows, self.running), fresh.snapshot.where(rows, self.snapshot), momentum)
+
+    def detach(self) -> MemoryState:
+        return MemoryState(
+            self.running.detach(), self.snapshot.detach(), None if self.momentum is None else self.momentum.detach()
+        )
+
+
+def base_weights(memory: MLPMemory, retain_to: RetainTo) -> MLPWeights | None:
+    """The part of the memories that no write changes: M_0 if they decay towards it, None if they decay to zero."""
+    return memory.initial if retain_to == "initial" else None
+
+
+def fresh_state(memory: MLPMemory, batch_size: int, *, retain_to: RetainTo, momentum: bool) -> MemoryState:
+    """The state before the first token: no change yet (decay to M_0), or M_0 itself (decay to zero)."""
+    changing = MLPWeights(*(w.expand(batch_size, *w.shape) for w in memory.initial))
+    if retain_to == "initial":
+        changing = changing.zeros_like()
+    return MemoryState(changing, changing, changing.zeros_like() if momentum else None)
+
+
+def advance_snapshot(
+    old: MLPWeights, running: MLPWeights, segment: Segment, *, chunk_size: int, projection_chunk_size: int
+) -> MLPWeights:
+    """The snapshot after a segment: memories whose chunk ends with it take their running weights.
+
+    The last memory works in chunks of `chunk_size`, those before it in chunks of `projection_chunk_size`.
+    """
+    main, others = segment.completes(chunk_size), segment.completes(projection_chunk_size)
+    if main is True and others is True:
+        return running
+    if main is False and others is False:
+        return old
+    chosen = []
+    for done, part in ((others, slice(None, -1)), (main, slice(-1, None))):
+        before = MLPWeights(old.inner[:, :, part], old.outer[:, :, part])
+        after = MLPWeights(running.inner[:, :, part], running.outer[:, :, part])
+        chosen.append(after if done is True else before if done is False else after.where(done, before))
+    return MLPWeights(
+        torch.cat([part.inner for part in chosen], dim=2), torch.cat([part.outer for part in chosen], dim=2)
+    )
+
+
+def write_gates(
+    gate_logits: Tensor,
+    retain_logits: Tensor | None,
+    momentum_logits: Tensor | None,
+    active: Tensor | None,
+    *,
+    largest_gate: float,
+) -> WriteGates:
+    """Gates of a chunk from their logits (B, H, C).
+
+    Args:
+        gate_logits: s = largest_gate * sigmoid.
+        retain_logits: alpha = sigmoid; None keeps everything.
+        momentum_logits: sigmoid; None for no momentum.
+        active: (B, C) bool, or None.
+        largest_gate: at most `LARGEST_GATE` unless negative eigenvalues bound the step by other means.
+    """
+    mask = None if active is None else active[:, None]
+    log_retain = torch.zeros_like(gate_logits) if retain_logits is None else F.logsigmoid(retain_logits)
+    log_momentum = None if momentum_logits is None else F.logsigmoid(momentum_logits)
+    return WriteGates(
+        gate=largest_gate * torch.sigmoid(gate_logits),
+        retain=log_retain.exp(),
+        decay=chunk_decay(log_retain, log_momentum, mask),
+        momentum=None if log_momentum is None else log_momentum.exp(),
+        active=mask,
+    )
+
+
+def read_main(
+    chunk: MLPChunk,
+    base: MLPWeights | None,
+    state: MemoryState,
+    keys: Tensor,
+    queries: Tensor,
+    gates: WriteGates,
+    read: Read,
+) -> Tensor:
+    """Reads the main memory, the last one, at every token of a chunk: (B, H, C, V), without residual.
+
+    "chunk" reads the snapshot (Eq. 90), "previous" M_{t-1} (Eq. 83), "token" M_t. `state` is that before the chunk.
+    """
+    if read != "chunk":
+        return read_mlp_chunk(chunk, base, state.running, state.momentum, keys, queries, gates, read=read)
+    whole = state.snapshot.add(base)
+    return read_mlp(MLPWeights(whole.inner[:, :, -1], whole.outer[:, :, -1]), queries)
+
+
+def spread_retention(heads: int, shortest: float = 64.0, longest: float = 16384.0) -> Tensor:
+    """Biases (H,) of the retention logits: half-lives from `shortest` to `longest` tokens, a geometric series."""
+    half_lives = torch.logspace(0, 1, heads, base=longest / shortest) * shortest
+    retain = torch.exp2(-1 / half_lives)
+    return torch.logit(retain.double()).to(torch.get_default_dtype())
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    """Refuses a value that is none of a Literal's.
+
+    Raises:
+        ValueError: naming the choices.
+    """
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+class ChunkedMemoryLayer(nn.Module):
+    """A mixer whose memories take a snapshot at the end of each chunk. Subclasses say what a segment computes.
+
+    Args:
+        heads: H.
+        streams: what the layer reads from x.
+        memory: the M memories; the last one is the main memory.
+        readout: what follows the heads.
+        inner_rule, momentum, read, retain_to, chunk_size, projection_chunk_size, write_bound, detach_every: as in
+            `SelfModifyingTitans`.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        streams: Streams,
+        memory: MLPMemory,
+        readout: GatedReadout,
+        inner_rule: InnerRule,
+        momentum: bool,
+        read: Read,
+        retain_to: RetainTo,
+        chunk_size: int,
+        projection_chunk_size: int,
+        write_bound: float | None,
+        detach_every: int | None,
+    ) -> None:
+        super().__init__()
+        check_choice("inner_rule", inner_rule, InnerRule)
+        check_choice("read", read, Read)
+        check_choice("retain_to", retain_to, RetainTo)
+        small, large = sorted((chunk_size, projection_chunk_size))
+        if small < 1 or large % small:
+            raise ValueError(
+                f"chunk_size and projection_chunk_size: both must be at least 1 and one must divide the other; "
+                f"got {chunk_size} and {projection_chunk_size}"
+            )
+        if write_bound is not None and write_bound <= 0:
+            raise ValueError(f"write_bound: expected a positive norm, or None for no bound; got {write_bound}")
+        if detach_every is not None and detach_every < 1:
+            raise ValueError(f"detach_every: expected at least 1 chunk, or None for never; got {detach_every}")
+        self.heads = heads
+        self.streams = streams
+        self.memory = memory
+        self.readout = readout
+        self.inner_rule: InnerRule = inner_rule
+        self.momentum = momentum
+        self.read: Read = read
+        self.retain_to: RetainTo = retain_to
+        self.chunk_size = chunk_size
+        self.projection_chunk_size = projection_chunk_size
+        self.write_bound = write_bound
+        self.detach_every = detach_every
+        self.activation_checkpointing = False
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Named tensors of a fresh context; the memories are at least fp32 whatever `dtype`."""
+        position = torch.zeros(batch_size, dtype=torch.long, device=self.memory.inner.device)
+        tail = self.streams.init_tail(batch_size, device=device, dtype=dtype)
+        return {"position": position, "convolution": tail, **self._fresh(batch_size).named()}
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        document_starts: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """x (B, T, D) -> (B, T, D) and the state after each row's last token.
+
+        Args:
+            x: inputs.
+            state: from `init_state` or an earlier call; None for a fresh context. It is not changed.
+            lengths: (B,) valid tokens of right-padded rows.
+            document_starts: (B, T) bool, tokens before which the state is reset.
+        """
+        batch, tokens, _ = x.shape
+        state = self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
+        inputs, tail = self._inputs(x, state["convolution"], lengths, document_starts)
+        timeline = plan_timeline(
+            state["position"],
+            tokens,
+            chunk=min(self.chunk_size, self.projection_chunk_size),
+            period=max(self.chunk_size, self.projection_chunk_size),
+            lengths=lengths,
+            document_starts=document_starts,
+        )
+        memory = MemoryState.of(state)
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = timeline.spread(inputs).to(memory.running.inner.dtype)
+            fresh = None
+            outputs = []
+            for number, segment in enumerate(timeline.segments, start=1):
+                if segment.reset is not None:
+                    fresh = fresh or self._fresh(batch)
+                    memory = memory.reset(segment.reset, fresh)
+                part = inputs[:, segment.start : segment.stop]
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    out, memory = checkpoint(self._segment, part, memory, segment, use_reentrant=False)
+                else:
+                    out, memory = self._segment(part, memory, segment)
+                if self.detach_every is not None and number % self.detach_every == 0:
+                    memory = memory.detach()
+                outputs.append(out.transpose(1, 2).flatten(2))
+            o = timeline.collect(torch.cat(outputs, dim=1)) if outputs else torch.zeros_like(x)
+        y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
+        return y, {"position": timeline.position, "convolution": tail, **memory.named()}
+
+    def _fresh(self, batch_size: int) -> MemoryState:
+        return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)
+
+    def _inputs(
+        self, x: Tensor, tail: Tensor, lengths: Tensor | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """All that is known of each token before the walk, side by side (B, T, ...), and the convolution's tail."""
+        return self.streams(x, tail, lengths=lengths, document_starts=document_starts)
+
+    def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
+        """One stretch inside a chunk: inputs (B, C, ...) -> outputs (B, H, C, V) and the state after it."""
+        raise NotImplementedError
+
+    def _after(self, state: MemoryState, chunk: MLPChunk, segment: Segment) -> MemoryState:
+        """The state after a written segment."""
+        snapshot = advance_snapshot(
+            state.snapshot,
+            chunk.weights,
+            segment,
+            chunk_size=self.chunk_size,
+            projection_chunk_size=self.projection_chunk_size,
+        )
+        return MemoryState(chunk.weights, snapshot, chunk.momentum)

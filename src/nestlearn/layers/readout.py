@@ -1,0 +1,25 @@
+"""What every gated mixer does with the outputs of its heads before they leave the layer."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["GatedReadout"]
+
+
+class GatedReadout(nn.Module):
+    """y = W_o (RMSNorm(o) * SiLU(x W_g)): each head normalised, gated by the layer's input, projected back.
+
+    dim: D, model width. heads: H. head_dim: Dh, width of one head's output. The norm's scale (Dh) is shared by the
+    heads. No biases.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(head_dim, eps=1e-6)
+        self.gate = nn.Linear(dim, heads * head_dim, bias=False)
+        self.output = nn.Linear(heads * head_dim, dim, bias=False)
+
+    def forward(self, o: Tensor, x: Tensor) -> Tensor:
+        """o (B, H, T, Dh) from the heads, x (B, T, D) the input of the layer -> (B, T, D)."""
+        o = self.norm(o.transpose(1, 2)).flatten(2)
+        return self.output(o * F.silu(self.gate(x)))

@@ -1,0 +1,228 @@
+"""Self-modifying Titans (Eq. 86-91) as a listing: one token after another, one memory after another.
+
+What `SelfModifyingTitans` must equal, in outputs, states and gradients. It shares no code with the layer's fast form and
+nobody optimises it; the numbers in brackets are the decisions of docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.layers.self_modifying_titans import SelfModifyingTitans
+
+State = dict[str, Tensor]
+
+
+class Memory(NamedTuple):
+    """The two linear maps of one memory (Eq. 89), or something of their shape.
+
+    Attributes:
+        inner: W2 (B, H, hidden, K).
+        outer: W1 (B, H, K, hidden).
+    """
+
+    inner: Tensor
+    outer: Tensor
+
+    def plus(self, other: Memory) -> Memory:
+        return Memory(self.inner + other.inner, self.outer + other.outer)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """W1 silu(W2 x) for one token (B, H, K), without residual."""
+        return apply(self.outer, F.silu(apply(self.inner, x)))
+
+
+def specify(layer: SelfModifyingTitans, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    """The layer's outputs and final state, token by token.
+
+    Args:
+        layer: holds the parameters and settings; its `forward` is not used.
+        x: (B, T, D).
+        state: as the layer's; None for a fresh context.
+
+    Returns:
+        y (B, T, D) and the state after the last token, differentiable in x, the parameters and the incoming state.
+
+    Raises:
+        ValueError: if the layer truncates gradients, which has no counterpart here.
+    """
+    if layer.detach_every is not None:
+        raise ValueError(f"detach_every: expected None, got {layer.detach_every}; the specification cuts no gradient")
+    batch, tokens, _ = x.shape
+    names = ["key", "value", "rate", "retention", *(["query"] if layer.adaptive_query else []), "memory"]
+    initial = {
+        name: Memory(
+            layer.memory.inner[:, i].expand(batch, -1, -1, -1), layer.memory.outer[:, i].expand(batch, -1, -1, -1)
+        )
+        for i, name in enumerate(names)
+    }
+    nothing = {name: Memory(torch.zeros_like(m.inner), torch.zeros_like(m.outer)) for name, m in initial.items()}
+
+    # (11) Retention to the initial state: M_t = M_0 + D_t and the rule acts on D_t. Retention to zero: it acts on M_t.
+    fixed, start = (initial, nothing) if layer.retain_to == "initial" else (nothing, initial)
+    width = layer.streams.convolution.width
+    if state is None:
+        running, snapshot, momentum = dict(start), dict(start), dict(nothing)
+        position = torch.zeros(batch, dtype=torch.long, device=x.device)
+        window = x.new_zeros(batch, width - 1, layer.streams.projection.out_features)
+    else:
+        running, snapshot = unstack(names, state, ""), unstack(names, state, "_snapshot")
+        momentum = unstack(names, state, "_momentum") if layer.momentum else dict(nothing)
+        position, window = state["position"], state["convolution"]
+
+    outputs = []
+    for t in range(tokens):
+        # (18) Slow projections of the token behind a short causal convolution.
+        window = torch.cat([window, x[:, t : t + 1] @ layer.streams.projection.weight.T], dim=1)
+        u = F.silu((window * layer.streams.convolution.weight).sum(dim=1))
+        u_q, u_k, u_v, u_g = u.unflatten(-1, (4, layer.heads, -1)).unbind(dim=1)
+        window = window[:, 1:]
+
+        # (1) Everything that follows is made by M_xi, the memories at the end of the previous chunk.
+        xi = {name: fixed[name].plus(snapshot[name]) for name in names}
+
+        # Eq. 83, 90: keys, values, queries, rate and retention are read from memories with a residual (Eq. 89).
+        k = unit(u_k + xi["key"](u_k))
+        v = unit(u_v + xi["value"](u_v))  # (5)
+        q = unit(u_q + xi["query"](u_q)) if layer.adaptive_query else unit(u_q)
+        rate = u_g + xi["rate"](u_g)
+        retention = u_g + xi["retention"](u_g)
+
+        # (7) One number for each head.
+        gate = torch.sigmoid((layer.gate_readout * rate).sum(-1) + layer.gate_bias)
+        alpha = torch.ones_like(gate)
+        if layer.retention:
+            alpha = torch.sigmoid((layer.retain_readout * retention).sum(-1) + layer.retain_bias)
+        mu = torch.zeros_like(gate)
+        if layer.momentum:
+            mu = torch.sigmoid((layer.momentum_readout * rate).sum(-1) + layer.momentum_bias)
+
+        before = {name: running[name] for name in names}
+        for name in names:
+            # Eq. 84: the memory makes its own target. (18) The main memory has no residual, its target has.
+            residual = name != "memory" or layer.residual_memory
+            target = v + xi[name](v)
+
+            # Eq. 85: inner loss 1/2 |M(k) - target|^2, its gradient at the output of each linear map.
+            hidden_input = apply(xi[name].inner, k)
+            hidden = F.silu(hidden_input)
+            error, image = surprises(xi[name].outer, hidden_input, k if residual else 0.0, target, layer.write_bound)
+
+            # Eq. 88, 90, (3): each linear map, with its own input as the key.
+            maps, moments = [], []
+            for which, key, written in (("inner", k, image), ("outer", hidden, error)):
+                old, at_snapshot, moment = (getattr(m[name], which) for m in (before, snapshot, momentum))
+                erase, write = strengths(layer, gate, alpha, key.square().sum(-1))
+                if layer.inner_rule == "dgd":
+                    erased = apply(old, key)
+                elif layer.inner_rule == "delta":
+                    erased = apply(old - at_snapshot, key)
+                else:
+                    erased = torch.zeros_like(written)
+                # (7) Momentum enters averaged.
+                moment = scale(mu, moment) - scale(write * (1 - mu), product(written, key))
+                maps.append(scale(alpha, old) - scale(erase, product(erased, key)) + moment)
+                moments.append(moment)
+            running[name], momentum[name] = Memory(*maps), Memory(*moments)
+
+        # (2) Which state of the main memory the token reads.
+        if layer.read == "token":
+            memory = fixed["memory"].plus(running["memory"])  # Eq. 78, 82
+        elif layer.read == "previous":
+            memory = fixed["memory"].plus(before["memory"])  # Eq. 83, 86
+        else:
+            memory = xi["memory"]  # Eq. 90
+        o = memory(q)
+        outputs.append(o + q if layer.residual_memory else o)
+
+        # (10) Where a chunk ends, for each row on its own, a new snapshot is taken.
+        position = position + 1
+        for name in names:
+            chunk = layer.chunk_size if name == "memory" else layer.projection_chunk_size
+            ended = (position % chunk == 0)[:, None, None, None]
+            snapshot[name] = Memory(
+                torch.where(ended, running[name].inner, snapshot[name].inner),
+                torch.where(ended, running[name].outer, snapshot[name].outer),
+            )
+
+    # RMSNorm of each head, a gate from the layer's input, back to the model's width.
+    o = torch.stack(outputs, dim=1) if outputs else x.new_zeros(batch, 0, layer.heads, x.shape[-1] // layer.heads)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * layer.readout.norm.weight
+    y = (o.flatten(2) * F.silu(x @ layer.readout.gate.weight.T)) @ layer.readout.output.weight.T
+
+    period = max(layer.chunk_size, layer.projection_chunk_size)
+    after = {"position": position % period, "convolution": window}
+    after |= stack(names, running, "") | stack(names, snapshot, "_snapshot")
+    return y, after | (stack(names, momentum, "_momentum") if layer.momentum else {})
+
+
+def surprises(
+    outer: Tensor, hidden_input: Tensor, residual: Tensor | float, target: Tensor, bound: float | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of 1/2 |M(k) - target|^2 at the output of W1 and, through it, at the output of W2, by autograd.
+
+    The target is a constant for them, yet they stay differentiable in everything, the target too. (5) The first is
+    bounded before it goes back through W1, the second after it.
+    """
+    outer_loop = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not hidden_input.requires_grad:
+            hidden_input = hidden_input.detach().requires_grad_()
+        read = residual + apply(outer, F.silu(hidden_input))
+        loss = (read - target).square().sum() / 2
+        (error,) = torch.autograd.grad(loss, read, create_graph=outer_loop, retain_graph=True)
+        error = bounded(error, bound)
+        (image,) = torch.autograd.grad(read, hidden_input, error, create_graph=outer_loop)
+        return error, bounded(image, bound)
+
+
+def strengths(layer: SelfModifyingTitans, gate: Tensor, alpha: Tensor, squared_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """How strongly a map erases and writes at an input of this squared norm: all (B, H)."""
+    if layer.negative_eigenvalues:  # (4)
+        most = (1 + alpha) / torch.where(squared_norm > 1, squared_norm, torch.ones_like(squared_norm))
+        erase = gate * most
+        return erase, torch.where(erase <= most - erase, erase, most - erase)
+    gate = 0.99 * gate  # (3)
+    erase = gate / (1 - gate + gate * squared_norm)
+    return erase, erase
+
+
+def bounded(x: Tensor, bound: float | None) -> Tensor:
+    """x, or bound x / |x| where |x| is larger."""
+    return x if bound is None else x * (bound / x.norm(dim=-1, keepdim=True).clamp_min(bound))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x|, smooth at zero."""
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-12)
+
+
+def apply(matrix: Tensor, x: Tensor) -> Tensor:
+    """W x for each row and head: (B, H, out, in), (B, H, in) -> (B, H, out)."""
+    return (matrix @ x[..., None])[..., 0]
+
+
+def product(value: Tensor, key: Tensor) -> Tensor:
+    """value key^T: (B, H, out), (B, H, in) -> (B, H, out, in)."""
+    return value[..., :, None] * key[..., None, :]
+
+
+def scale(number: Tensor, matrix: Tensor) -> Tensor:
+    """number (B, H) times matrix (B, H, out, in)."""
+    return number[..., None, None] * matrix
+
+
+def unstack(names: list[str], state: State, suffix: str) -> dict[str, Memory]:
+    inner, outer = state[f"inner{suffix}"], state[f"outer{suffix}"]
+    return {name: Memory(inner[:, :, i], outer[:, :, i]) for i, name in enumerate(names)}
+
+
+def stack(names: list[str], memories: dict[str, Memory], suffix: str) -> State:
+    return {
+        f"inner{suffix}": torch.stack([memories[name].inner for name in names], dim=2),
+        f"outer{suffix}": torch.stack([memories[name].outer for name in names], dim=2),
+    }

@@ -1,0 +1,178 @@
+"""Self-modifying Titans (Eq. 83-91): keys, values, learning rate, retention and memory are all memories that write
+themselves, each with targets that it makes itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.functional.surprise import normalize
+from nestlearn.layers.chunked_memory import (
+    LARGEST_GATE,
+    ChunkedMemoryLayer,
+    MemoryState,
+    Read,
+    RetainTo,
+    base_weights,
+    read_main,
+    spread_retention,
+    write_gates,
+)
+from nestlearn.layers.readout import GatedReadout
+from nestlearn.layers.streams import Streams
+from nestlearn.layers.timeline import Segment
+from nestlearn.memory.mlp import InnerRule, MLPMemory, MLPWeights, read_mlp, write_mlp_chunk
+
+
+class SelfModifyingTitans(ChunkedMemoryLayer):
+    """The sequence layer of Hope.
+
+    Per head there are M = 5 two-layer memories of one shape, in this order: key, value, rate, retention (and query, if
+    q is adaptive: M = 6), memory. With u the slow projections of x behind a short convolution, and everything read
+    from the snapshot at the end of the previous chunk (decision 1 of docs/decisions.md):
+
+        k = norm(M_key(u_k)),  v = norm(M_value(u_v)),  q = norm(u_q) or norm(M_query(u_q))          Eq. 83, 90
+        gate = sigmoid(<r, M_rate(u_g)> + b),  alpha = sigmoid(<r', M_retention(u_g)> + b')
+        target_i = M_i(v),  error_i = M_i(k) - target_i  for every memory i                           Eq. 84, 85
+        every linear map W of every memory, with a its own input and e the error at its output:
+        W_t = alpha_t W_{t-1} - erase_t (W_{t-1} a_t) a_t^T - write_t e_t a_t^T                       Eq. 86-88, 90
+        o_t = M_memory,t(q_t)                                                                         Eq. 78, 83
+
+    The projections' memories have the residual of Eq. 89; the main memory has none, and its target is
+    v + M_memory(v) (decision 18), unless `residual_memory`.
+
+    Args:
+        dim: D, divisible by heads.
+        heads: H.
+        inner_rule: what erase acts on: "dgd" the whole change of the memory (Eq. 57), "delta" only what was written
+            since the snapshot, "gd" nothing.
+        momentum: a data-dependent momentum on the writes.
+        read: which memory token t reads: "token" M_t, "previous" M_{t-1}, "chunk" the snapshot.
+        chunk_size: tokens between snapshots of the main memory.
+        projection_chunk_size: the same for the other memories; None for chunk_size. One must divide the other.
+        retain_to: what a memory decays towards, its "initial" state or "zero".
+        retention: whether memories decay at all.
+        negative_eigenvalues: lets an erasure overshoot, which state tracking needs (decision 4).
+        adaptive_query: makes q a memory too.
+        residual_memory: gives the main memory the residual of Eq. 89 too.
+        write_bound: largest norm of a written error, and of its image at the inner map; None for no bound.
+        memory_hidden: hidden width of the memories; None for the head's width.
+        initial_gate: write gate s at initialisation, in (0, 1).
+        conv_width: taps of the short convolutions.
+        detach_every: cut the gradient through the writes every so many chunks of the timeline; None never.
+
+    Raises:
+        ValueError: if a number is out of range or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        inner_rule: InnerRule = "dgd",
+        momentum: bool = False,
+        read: Read = "token",
+        chunk_size: int = 64,
+        projection_chunk_size: int | None = None,
+        retain_to: RetainTo = "initial",
+        retention: bool = True,
+        negative_eigenvalues: bool = False,
+        adaptive_query: bool = False,
+        residual_memory: bool = False,
+        write_bound: float | None = 4.0,
+        memory_hidden: int | None = None,
+        initial_gate: float = 0.5,
+        conv_width: int = 4,
+        detach_every: int | None = None,
+    ) -> None:
+        if not 0 < initial_gate < 1:
+            raise ValueError(f"initial_gate: expected a number between 0 and 1, got {initial_gate}")
+        head_dim = dim // heads
+        super().__init__(
+            heads=heads,
+            streams=Streams(dim, heads, streams=4, conv_width=conv_width),
+            memory=MLPMemory(heads, head_dim, memories=6 if adaptive_query else 5, hidden=memory_hidden),
+            readout=GatedReadout(dim, heads, head_dim),
+            inner_rule=inner_rule,
+            momentum=momentum,
+            read=read,
+            retain_to=retain_to,
+            chunk_size=chunk_size,
+            projection_chunk_size=chunk_size if projection_chunk_size is None else projection_chunk_size,
+            write_bound=write_bound,
+            detach_every=detach_every,
+        )
+        self.retention = retention
+        self.negative_eigenvalues = negative_eigenvalues
+        self.adaptive_query = adaptive_query
+        self.residual_memory = residual_memory
+        # The exact step of an ordinary gate divides by 1 - s; with negative eigenvalues nothing does.
+        self.largest_gate = 1.0 if negative_eigenvalues else LARGEST_GATE
+        self.gate_readout = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
+        self.gate_bias = nn.Parameter(torch.full((heads,), initial_gate / self.largest_gate).logit(eps=1e-4))
+        if retention:
+            self.retain_readout = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
+            self.retain_bias = nn.Parameter(spread_retention(heads))
+        if momentum:
+            self.momentum_readout = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
+            self.momentum_bias = nn.Parameter(torch.zeros(heads))
+
+    def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
+        base = base_weights(self.memory, self.retain_to)
+        whole = state.snapshot.add(base)
+        u_q, u_k, u_v, u_g = self.streams.split(inputs)
+
+        # Eq. 83: the projections, from the snapshot.
+        inputs = [u_k, u_v, u_g, u_g, u_q] if self.adaptive_query else [u_k, u_v, u_g, u_g]
+        u = torch.stack(inputs, dim=2)
+        projected = u + read_mlp(MLPWeights(whole.inner[:, :, :-1], whole.outer[:, :, :-1]), u)
+        keys, values = normalize(projected[:, :, 0]), normalize(projected[:, :, 1])
+        queries = normalize(projected[:, :, 4] if self.adaptive_query else u_q)
+        rate, retention = projected[:, :, 2], projected[:, :, 3]
+        gates = write_gates(
+            _logits(rate, self.gate_readout, self.gate_bias),
+            _logits(retention, self.retain_readout, self.retain_bias) if self.retention else None,
+            _logits(rate, self.momentum_readout, self.momentum_bias) if self.momentum else None,
+            segment.active,
+            largest_gate=self.largest_gate,
+        )
+
+        # Eq. 84, 85: every memory's error against the target that it makes itself, for k and v in one product.
+        hidden = whole.inner.shape[-2]
+        both = torch.cat([keys, values], dim=2) @ whole.inner.flatten(2, 3).mT
+        z_k, z_v = both.unflatten(-1, (-1, hidden)).transpose(2, 3).chunk(2, dim=3)  # (B, H, M, C, hidden)
+        features = F.silu(z_k) - F.silu(z_v)
+        error = features @ whole.outer.mT + self._residual(keys, values)
+
+        # Eq. 88, 90.
+        chunk = write_mlp_chunk(
+            state.running,
+            state.snapshot,
+            state.momentum,
+            whole.outer,
+            keys,
+            z_k,
+            error,
+            gates,
+            rule=self.inner_rule,
+            negative_eigenvalues=self.negative_eigenvalues,
+            bound=self.write_bound,
+        )
+        out = read_main(chunk, base, state, keys, queries, gates, self.read)
+        if self.residual_memory:
+            out = out + queries
+        return out, self._after(state, chunk, segment)
+
+    def _residual(self, keys: Tensor, values: Tensor) -> Tensor:
+        """What the residuals add to the errors M(k) - M(v), (B, H, M, C, K): k - v, and -v for the main memory."""
+        projections = keys - values
+        main = projections if self.residual_memory else -values
+        count = self.memory.inner.shape[1] - 1
+        return torch.cat([projections.unsqueeze(2).expand(-1, -1, count, -1, -1), main.unsqueeze(2)], dim=2)
+
+
+def _logits(x: Tensor, readout: Tensor, bias: Tensor) -> Tensor:
+    """<r, x> + b for each head: x (B, H, C, K) -> (B, H, C)."""
+    return (x * readout.to(x.dtype)[:, None]).sum(-1) + bias.to(x.dtype)[:, None]

@@ -1,0 +1,49 @@
+"""What goes into every recurrent mixer: slow projections, a short causal convolution, silu (Titans, Sec. 4.4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.layers.short_convolution import ShortConvolution
+
+
+class Streams(nn.Module):
+    """Several inputs of a mixer (q, k, v, gates, ...) from one merged projection.
+
+    Args:
+        dim: D, divisible by heads.
+        heads: H.
+        streams: how many.
+        conv_width: taps of the convolution.
+
+    Raises:
+        ValueError: if heads do not divide dim.
+    """
+
+    def __init__(self, dim: int, heads: int, *, streams: int, conv_width: int = 4) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim: expected a multiple of heads, got dim {dim} and heads {heads}")
+        self.heads = heads
+        self.count = streams
+        self.projection = nn.Linear(dim, streams * dim, bias=False)
+        self.convolution = ShortConvolution(streams * dim, conv_width)
+
+    def init_tail(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The convolution's state before the first token, (B, conv_width - 1, streams * D)."""
+        return self.convolution.init_state(batch_size, device=device, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, tail: Tensor, *, lengths: Tensor | None = None, document_starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> all streams side by side (B, T, streams * D), and the new tail."""
+        u, tail = self.convolution(self.projection(x), tail, lengths=lengths, document_starts=document_starts)
+        return F.silu(u), tail
+
+    def split(self, u: Tensor) -> Tensor:
+        """(B, T, streams * D) -> (streams, B, H, T, K)."""
+        return u.unflatten(-1, (self.count, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -1,0 +1,111 @@
+"""Titans (2501.00663): one two-layer memory with static projections, retention and momentum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.functional.surprise import normalize
+from nestlearn.layers.chunked_memory import (
+    LARGEST_GATE,
+    ChunkedMemoryLayer,
+    MemoryState,
+    Read,
+    RetainTo,
+    base_weights,
+    read_main,
+    spread_retention,
+    write_gates,
+)
+from nestlearn.layers.readout import GatedReadout
+from nestlearn.layers.streams import Streams
+from nestlearn.layers.timeline import Segment
+from nestlearn.memory.mlp import InnerRule, MLPMemory, write_mlp_chunk
+
+
+class Titans(ChunkedMemoryLayer):
+    """The neural memory of Titans: W1 silu(W2 k) learns the map from k to v by gradient descent with momentum.
+
+        q, k, v = norm(u_q), norm(u_k), norm(u_v);  write gate, momentum and retention linear in x       Eq. 76
+        error = M(k) - v at the snapshot;  S_t = momentum S_{t-1} - write error a^T;  M_t = alpha M_{t-1} + S_t
+
+    It differs from self-modifying Titans in that the projections do not learn in context and the targets are given.
+    Gates, bound, chunks and reads are the same, so that the two compare fairly.
+
+    Args: as `SelfModifyingTitans`; by default the inner rule is "gd", with momentum, as in the Titans paper.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        inner_rule: InnerRule = "gd",
+        momentum: bool = True,
+        read: Read = "token",
+        chunk_size: int = 64,
+        retain_to: RetainTo = "initial",
+        write_bound: float | None = 4.0,
+        memory_hidden: int | None = None,
+        initial_gate: float = 0.5,
+        conv_width: int = 4,
+        detach_every: int | None = None,
+    ) -> None:
+        head_dim = dim // heads
+        super().__init__(
+            heads=heads,
+            streams=Streams(dim, heads, streams=3, conv_width=conv_width),
+            memory=MLPMemory(heads, head_dim, hidden=memory_hidden),
+            readout=GatedReadout(dim, heads, head_dim),
+            inner_rule=inner_rule,
+            momentum=momentum,
+            read=read,
+            retain_to=retain_to,
+            chunk_size=chunk_size,
+            projection_chunk_size=chunk_size,
+            write_bound=write_bound,
+            detach_every=detach_every,
+        )
+        # One linear map for the logits of all gates: write, retention, and momentum if it is on.
+        self.gates = nn.Linear(dim, heads * (3 if momentum else 2), bias=False)
+        self.gate_bias = nn.Parameter(torch.full((heads,), initial_gate / LARGEST_GATE).logit(eps=1e-4))
+        self.retain_bias = nn.Parameter(spread_retention(heads))
+        if momentum:
+            self.momentum_bias = nn.Parameter(torch.zeros(heads))
+
+    def _inputs(
+        self, x: Tensor, tail: Tensor, lengths: Tensor | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        u, tail = self.streams(x, tail, lengths=lengths, document_starts=document_starts)
+        return torch.cat([u, self.gates(x)], dim=-1), tail
+
+    def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
+        width = inputs.shape[-1] - self.gates.out_features
+        queries, keys, values = normalize(self.streams.split(inputs[..., :width]))
+        logits = inputs[..., width:].unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1)  # (gates, B, H, C)
+        gates = write_gates(
+            logits[0] + self.gate_bias[:, None],
+            logits[1] + self.retain_bias[:, None],
+            logits[2] + self.momentum_bias[:, None] if self.momentum else None,
+            segment.active,
+            largest_gate=LARGEST_GATE,
+        )
+        base = base_weights(self.memory, self.retain_to)
+        whole = state.snapshot.add(base)
+        z = (keys @ whole.inner[:, :, 0].mT).unsqueeze(2)
+        error = F.silu(z) @ whole.outer.mT - values.unsqueeze(2)
+        chunk = write_mlp_chunk(
+            state.running,
+            state.snapshot,
+            state.momentum,
+            whole.outer,
+            keys,
+            z,
+            error,
+            gates,
+            rule=self.inner_rule,
+            bound=self.write_bound,
+        )
+        out = read_main(chunk, base, state, keys, queries, gates, self.read)
+        return out, self._after(state, chunk, segment)

@@ -1,0 +1,91 @@
+"""The continuum memory system: a chain of MLP levels, each with its own update period (Eq. 70-74)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Variant = Literal["sequential", "independent", "nested"]
+
+
+class MLPLevel(nn.Module):
+    """One level: an MLP behind a norm, without its residual connection: W_out gelu(W_in norm(x)).
+
+    Args:
+        dim: D.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        down: Tensor = self.down(F.gelu(self.up(self.norm(x))))
+        return down
+
+
+class ContinuumMemory(nn.Module):
+    """Levels of MLP memory from the fastest to the slowest. The parameters are the initial states.
+
+    A level is pre-norm and residual, so that one which is never updated does no harm:
+
+    - "sequential" (Eq. 70, 73): x <- x + level(x), one after another.
+    - "nested" (Eq. 72): the same read; the levels differ in how their states are re-initialised when they are updated
+      in context, so without in-context updates nested equals sequential.
+    - "independent" (Eq. 74): x + sum_i w_i level_i(x) with learnt weights w that start at 1 / levels.
+
+    Periods count either optimizer steps (training: `nestlearn.optim.LevelOptimizer`) or tokens (in context); this
+    module only carries them.
+
+    Args:
+        dim: D.
+        periods: update period of each level, ascending: the first level is the fastest.
+        expansion: hidden width of each level over D.
+        variant: see above.
+
+    Raises:
+        ValueError: if periods are empty, below 1 or not ascending, or the variant is unknown.
+    """
+
+    def __init__(
+        self, dim: int, *, periods: Sequence[int], expansion: float = 4.0, variant: Variant = "sequential"
+    ) -> None:
+        super().__init__()
+        check_periods(periods)
+        if variant not in ("sequential", "independent", "nested"):
+            raise ValueError(f'variant: expected "sequential", "independent" or "nested", got {variant!r}')
+        self.periods = tuple(periods)
+        self.variant = variant
+        self.levels = nn.ModuleList(MLPLevel(dim, round(dim * expansion)) for _ in periods)
+        if variant == "independent":
+            self.weights = nn.Parameter(torch.full((len(periods),), 1.0 / len(periods)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D), residual included."""
+        if self.variant == "independent":
+            return x + sum(w * level(x) for w, level in zip(self.weights, self.levels, strict=True))
+        for level in self.levels:
+            x = x + level(x)
+        return x
+
+
+def check_periods(periods: Sequence[int]) -> None:
+    """Refuses periods that name no order of levels.
+
+    Raises:
+        ValueError: if they are empty, below 1, or not strictly ascending.
+    """
+    if not periods or any(p < 1 for p in periods) or any(b <= a for a, b in pairwise(periods)):
+        raise ValueError(
+            f"CMS periods: expected one or more whole numbers of at least 1, strictly ascending from the fastest to "
+            f"the slowest level, for example (1, 4, 16); got {tuple(periods)}"
+        )

@@ -1,0 +1,172 @@
+"""The configuration of a model, and its presets."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from nestlearn.layers.chunked_memory import Read, RetainTo, check_choice
+from nestlearn.memory.continuum import Variant, check_periods
+from nestlearn.memory.mlp import InnerRule
+
+Mixer = Literal[
+    "self_modifying_titans",
+    "attention",
+    "plain_attention",
+    "titans",
+    "gated_delta_net",
+    "delta_net",
+    "linear_attention",
+]
+
+# Width and depth follow the sizes of the paper's tables; it prints neither, so they are chosen to give the size.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"dim": 128, "depth": 4, "heads": 2},
+    "small": {"dim": 320, "depth": 6, "heads": 5},
+    "340M": {"vocab_size": 32000, "dim": 1024, "depth": 20, "heads": 16},
+    "760M": {"vocab_size": 32000, "dim": 1536, "depth": 21, "heads": 16},
+    "1.3B": {"vocab_size": 32000, "dim": 2048, "depth": 19, "heads": 16},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopeConfig:
+    """What a `HopeLM` is made of. The defaults are those that our evidence supports (docs/decisions.md).
+
+    Attributes:
+        vocab_size: number of tokens; 256 for bytes.
+        dim: D, model width; a multiple of heads.
+        depth: number of blocks, each a mixer and a continuum memory system.
+        heads: H. Head widths of 64 are fastest.
+        mixer: the sequence layer; "self_modifying_titans" makes the model Hope, "attention" Hope-Attention,
+            "plain_attention" with one CMS level a plain Transformer.
+        cms_periods: update period of each CMS level, from the fastest; in training counted in optimizer steps.
+        cms_expansion: hidden width of each CMS level over D.
+        cms_variant: "sequential", "independent" or "nested" (Eq. 72-74).
+        tie_embeddings: whether the output layer shares the embedding's weights.
+        conv_width: taps of the short convolutions.
+        chunk_size: tokens between snapshots of the main memory.
+        projection_chunk_size: the same for the projections' memories; None for chunk_size.
+        inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, residual_memory,
+        write_bound, memory_hidden, initial_gate, detach_every: see `nestlearn.layers.SelfModifyingTitans`; Titans
+            takes read, retain_to, write_bound, memory_hidden, initial_gate and detach_every.
+
+    Raises:
+        ValueError: saying what was expected, what came, and how to mend it.
+    """
+
+    vocab_size: int = 256
+    dim: int = 256
+    depth: int = 4
+    heads: int = 4
+    mixer: Mixer = "self_modifying_titans"
+    cms_periods: tuple[int, ...] = (1, 4)
+    cms_expansion: float = 2.0
+    cms_variant: Variant = "sequential"
+    tie_embeddings: bool = True
+    conv_width: int = 4
+    chunk_size: int = 64
+    projection_chunk_size: int | None = None
+    inner_rule: InnerRule = "dgd"
+    momentum: bool = False
+    read: Read = "token"
+    retain_to: RetainTo = "initial"
+    retention: bool = True
+    negative_eigenvalues: bool = False
+    adaptive_query: bool = False
+    residual_memory: bool = False
+    write_bound: float | None = 4.0
+    memory_hidden: int | None = None
+    initial_gate: float = 0.5
+    detach_every: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cms_periods", tuple(self.cms_periods))
+        for name in ("vocab_size", "dim", "depth", "heads", "conv_width", "chunk_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if self.dim % self.heads:
+            raise ValueError(
+                f"dim must be a multiple of heads, got dim {self.dim} and heads {self.heads}; "
+                f"the nearest dim that fits is {max(1, round(self.dim / self.heads)) * self.heads}"
+            )
+        if self.mixer in ("attention", "plain_attention") and (self.dim // self.heads) % 2:
+            raise ValueError(
+                f"rotary positions need an even head width, got dim {self.dim} / heads {self.heads} = "
+                f"{self.dim // self.heads}; choose heads so that dim / heads is even"
+            )
+        for name, choices in (
+            ("mixer", Mixer),
+            ("cms_variant", Variant),
+            ("inner_rule", InnerRule),
+            ("read", Read),
+            ("retain_to", RetainTo),
+        ):
+            check_choice(name, getattr(self, name), choices)
+        check_periods(self.cms_periods)
+        if self.cms_expansion <= 0:
+            raise ValueError(f"cms_expansion: expected a positive number, got {self.cms_expansion}")
+        projection = self.chunk_size if self.projection_chunk_size is None else self.projection_chunk_size
+        small, large = sorted((self.chunk_size, projection))
+        if small < 1 or large % small:
+            raise ValueError(
+                f"chunk_size and projection_chunk_size: one must divide the other, got {self.chunk_size} and "
+                f"{projection}; for example {self.chunk_size} and {max(1, self.chunk_size // 4)}"
+            )
+        if not 0 < self.initial_gate < 1:
+            raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")
+        if self.write_bound is not None and self.write_bound <= 0:
+            raise ValueError(f"write_bound: expected a positive norm, or None for no bound; got {self.write_bound}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> HopeConfig:
+        """A size by name: "tiny" (about 1M parameters), "small" (10M), "340M", "760M", "1.3B".
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(map(repr, PRESETS))}; got {name!r}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> HopeConfig:
+        """The literal reading of Eq. 86-91, for comparison: retention to zero, reads of the snapshot, residual main
+        memory, no bound on what is written, momentum as in its Table 6."""
+        literal: dict[str, Any] = {
+            "inner_rule": "dgd",
+            "momentum": True,
+            "read": "chunk",
+            "retain_to": "zero",
+            "residual_memory": True,
+            "write_bound": None,
+        }
+        return cls(**{**literal, **overrides})
+
+    @classmethod
+    def transformer(cls, **overrides: Any) -> HopeConfig:
+        """A plain Transformer: rotary positions, softmax attention, one MLP of width 4 D; no convolution, no gate."""
+        plain: dict[str, Any] = {"mixer": "plain_attention", "cms_periods": (1,), "cms_expansion": 4.0}
+        return cls(**{**plain, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "cms_periods": list(self.cms_periods)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HopeConfig:
+        """From `to_dict`.
+
+        Raises:
+            ValueError: on an unknown name, with the closest known one.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+                raise ValueError(f"HopeConfig has no setting {name!r}{hint}")
+        return cls(**values)

@@ -1,0 +1,288 @@
+"""Hope (Eq. 94-97) and, with other mixers, Hope-Attention, the Transformer and the baselines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nestlearn.layers import (
+    Attention,
+    DeltaNet,
+    GatedDeltaNet,
+    LinearAttention,
+    PlainAttention,
+    SelfModifyingTitans,
+    Titans,
+)
+from nestlearn.levels import EVERY_READ, Level
+from nestlearn.memory.continuum import ContinuumMemory
+from nestlearn.models.config import HopeConfig
+
+State = dict[str, Tensor]
+
+
+class HopeBlock(nn.Module):
+    """x + mixer(norm(x)), then the continuum memory system with its own residuals (Eq. 97).
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.mixer = build_mixer(config)
+        self.memory_system = ContinuumMemory(
+            config.dim, periods=config.cms_periods, expansion=config.cms_expansion, variant=config.cms_variant
+        )
+        self.activation_checkpointing = False
+
+    def forward(
+        self, x: Tensor, state: State | None, lengths: Tensor | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, State]:
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        mixed, state = self.mixer(self.norm(x), state, lengths=lengths, document_starts=document_starts)
+        x = x + mixed
+        x = checkpoint(self.memory_system, x, use_reentrant=False) if recompute else self.memory_system(x)
+        return x, state
+
+
+class HopeLM(nn.Module):
+    """A language model of `HopeConfig`. All rows of a batch are independent, and the state is the caller's:
+
+        logits, state = model(tokens, state)
+
+    Reading a sequence whole, in pieces or token by token gives the same logits and the same state.
+
+    Args:
+        config: what it is made of.
+    """
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(HopeBlock(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Linear maps: normal, std 0.5 / sqrt(inputs), those that write into the residual stream divided by
+        sqrt(2 depth) more. Embedding: std 0.02. The mixers initialise their memories, gates and convolutions."""
+        writers = {"output", "down"}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = 0.5 * module.in_features**-0.5
+                if name.rsplit(".", 1)[-1] in writers:
+                    std /= (2 * self.config.depth) ** 0.5
+                nn.init.normal_(module.weight, std=std)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.embedding.weight._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        document_starts: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Reads tokens and predicts the next ones.
+
+        Args:
+            tokens: (B, T) int64.
+            state: from `init_state` or an earlier call; None for a fresh context. It is not changed.
+            lengths: (B,) int64, valid tokens of right-padded rows; a row's state is that at its own last token, and
+                logits at padding mean nothing.
+            document_starts: (B, T) bool, tokens before which a row's state is reset.
+
+        Returns:
+            logits (B, T, vocab_size) and the state after each row's last token.
+
+        Raises:
+            ValueError: if shapes do not fit or a token is not in the vocabulary.
+        """
+        self._check(tokens, lengths, document_starts)
+        x = self.embedding(tokens)
+        new_state: State = {}
+        for index, block in enumerate(self.blocks):
+            prefix = f"blocks.{index}."
+            own = None if state is None else _with_prefix(state, prefix)
+            x, own = block(x, own, lengths, document_starts)
+            new_state |= {prefix + name: tensor for name, tensor in own.items()}
+        logits: Tensor = self.head(self.norm(x))
+        return logits, new_state
+
+    def init_state(self, batch_size: int) -> State:
+        """The state of fresh contexts, as named tensors (prefix "blocks.<i>."). Its size does not grow with the
+        tokens read, except for attention."""
+        parameter = self.embedding.weight
+        state: State = {}
+        for index, block in enumerate(self.blocks):
+            own = block.mixer.init_state(batch_size, device=parameter.device, dtype=parameter.dtype)
+            state |= {f"blocks.{index}.{name}": tensor for name, tensor in own.items()}
+        return state
+
+    def decode_step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        """Reads one token a row: token (B,) int64 -> logits (B, vocab_size) and the new state.
+
+        It may reuse the state's memory: go on with the state that it returns.
+        """
+        logits, state = self(token[:, None], state)
+        return logits[:, 0], state
+
+    def set_activation_checkpointing(self, on: bool = True) -> None:
+        """Recomputes activations in the backward pass, chunk by chunk in the memories, instead of keeping them."""
+        for module in self.modules():
+            if hasattr(module, "activation_checkpointing"):
+                module.activation_checkpointing = on
+
+    def num_parameters(self) -> int:
+        """Learnt numbers, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating-point operations of the forward pass for one token of a sequence of this length, matrix products
+        alone (a multiply-add is two). A training step costs about three times as much."""
+        config = self.config
+        linear = sum(2.0 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return linear + config.depth * mixer_flops(config, sequence_length)
+
+    def levels(self) -> list[Level]:
+        """How often each part changes. Periods of memories are counted in tokens, those of CMS levels and of all
+        other parameters in optimizer steps."""
+        config = self.config
+        levels = []
+        for index in range(config.depth):
+            name = f"blocks.{index}.mixer"
+            if config.mixer in ("attention", "plain_attention"):
+                levels.append(Level(name, EVERY_READ, "token"))
+            elif config.mixer == "self_modifying_titans":
+                projection = config.projection_chunk_size or config.chunk_size
+                main = config.chunk_size if config.read == "chunk" else 1
+                levels += [Level(f"{name}.memory", main), Level(f"{name}.projections", projection)]
+            else:
+                chunked = config.mixer == "titans" and config.read == "chunk"
+                levels.append(Level(f"{name}.memory", config.chunk_size if chunked else 1))
+        for period in config.cms_periods:
+            number = config.cms_periods.index(period)
+            levels += [
+                Level(f"blocks.{index}.memory_system.levels.{number}", period, "step") for index in range(config.depth)
+            ]
+        levels.append(Level("everything else", 1, "step"))
+        unit_order = {"token": 0, "step": 1}
+        return sorted(levels, key=lambda level: (unit_order[level.unit], level.period))
+
+    def level_parameters(self) -> dict[int, list[tuple[str, nn.Parameter]]]:
+        """Parameters by training period in optimizer steps: those of a CMS level at its period, all others at 1."""
+        groups: dict[int, list[tuple[str, nn.Parameter]]] = {1: []}
+        for name, parameter in self.named_parameters():
+            period = 1
+            if ".memory_system.levels." in name:
+                period = self.config.cms_periods[int(name.split(".memory_system.levels.")[1].split(".")[0])]
+            groups.setdefault(period, []).append((name, parameter))
+        return groups
+
+    def _check(self, tokens: Tensor, lengths: Tensor | None, document_starts: Tensor | None) -> None:
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens: expected whole numbers of shape (B, T), got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
+        if lengths is not None and lengths.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"lengths: expected one number a row, ({tokens.shape[0]},), got shape {tuple(lengths.shape)}"
+            )
+        if document_starts is not None and document_starts.shape != tokens.shape:
+            raise ValueError(
+                f"document_starts: expected the tokens' shape {tuple(tokens.shape)}, got {tuple(document_starts.shape)}"
+            )
+        # On a GPU the look would wait for the device; there the embedding's own check must do.
+        if (
+            tokens.device.type == "cpu"
+            and tokens.numel()
+            and not 0 <= int(tokens.min()) <= int(tokens.max()) < (self.config.vocab_size)
+        ):
+            raise ValueError(
+                f"tokens: expected numbers from 0 to {self.config.vocab_size - 1} (vocab_size "
+                f"{self.config.vocab_size}), got {int(tokens.min())} to {int(tokens.max())}; "
+                f"does the tokenizer belong to this model?"
+            )
+
+
+def build_mixer(config: HopeConfig) -> nn.Module:
+    """The sequence layer that a configuration names."""
+    dim, heads = config.dim, config.heads
+    if config.mixer == "plain_attention":
+        return PlainAttention(dim, heads)
+    if config.mixer == "attention":
+        return Attention(dim, heads, conv_width=config.conv_width)
+    chunked: dict[str, Any] = {"chunk_size": config.chunk_size, "conv_width": config.conv_width}
+    simple = {"linear_attention": LinearAttention, "delta_net": DeltaNet, "gated_delta_net": GatedDeltaNet}
+    if config.mixer in simple:
+        return simple[config.mixer](dim, heads, **chunked)
+    shared = ("read", "retain_to", "write_bound", "memory_hidden", "initial_gate", "detach_every")
+    chunked |= {name: getattr(config, name) for name in shared}
+    if config.mixer == "titans":
+        return Titans(dim, heads, **chunked)
+    own = (
+        "projection_chunk_size",
+        "inner_rule",
+        "momentum",
+        "retention",
+        "negative_eigenvalues",
+        "adaptive_query",
+        "residual_memory",
+    )
+    return SelfModifyingTitans(dim, heads, **chunked, **{name: getattr(config, name) for name in own})
+
+
+def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
+    """Operations of a mixer's forward pass for one token apart from its linear layers (counted by the model)."""
+    width, heads = config.dim // config.heads, config.heads
+    chunk = min(config.chunk_size, sequence_length)
+    if config.mixer in ("attention", "plain_attention"):
+        return 2.0 * config.dim * (sequence_length + 1)  # causal: half of two products with the whole sequence
+    within = 2.0 * chunk * width  # a product with a chunk
+    across = 2.0 * width * width  # a product with a memory
+    if config.mixer in ("linear_attention", "delta_net", "gated_delta_net"):
+        solve = 0.0 if config.mixer == "linear_attention" else across + 2 * within
+        return heads * (2 * across + 2 * within + solve)
+    hidden = config.memory_hidden or width
+    across = 2.0 * width * hidden
+    erasing = config.mixer == "self_modifying_titans" and config.inner_rule != "gd"
+    momentum = config.mixer == "titans" or config.momentum
+    memories = 1
+    projections = 0
+    if config.mixer == "self_modifying_titans":
+        memories = 6 if config.adaptive_query else 5
+        projections = memories - 1
+    count = 2.0 * projections * across  # the projections read
+    count += (3 if projections else 2) * memories * across + memories * across  # forward on k and v, error back
+    count += 2 * memories * across  # both maps written
+    if erasing:
+        count += 2 * memories * across + within + memories * within + 2 * memories * within  # old values, grams, solves
+        if momentum:
+            count += 2 * memories * within
+    if momentum:
+        count += 2 * memories * across * (2 if erasing else 1)
+    if config.read != "chunk":
+        count += 4 * across + 4 * within * (2 if erasing and momentum else 1)
+    else:
+        count += 2 * across
+    return heads * count
+
+
+def _with_prefix(state: State, prefix: str) -> State:
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if not own:
+        raise ValueError(
+            f"state: nothing in it is named {prefix}...; expected a state from init_state or from an earlier call of "
+            f"a model with the same configuration"
+        )
+    return own
