@@ -57,6 +57,15 @@ def test_reader_sees_old_or_new_while_writing(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
+def test_content_is_on_the_disk_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
+    io.atomic_write_text(tmp_path / "a.txt", "x")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
 def test_error_of_another_file_in_the_block_is_not_renamed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"other\.txt"), io.atomic_write(tmp_path / "a.txt"):
         (tmp_path / "other.txt").read_bytes()
@@ -234,6 +243,14 @@ def test_safetensors_of_views_ties_and_gradients(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], tensor), name
     # Only what is asked for: the row does not drag its matrix along.
     assert path.stat().st_size < 8 + 1000 + 4 * (3 * 12 + 4 + 4 + 2)
+
+
+def test_safetensors_of_a_part_holds_the_part(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    matrix = torch.arange(4000.0).reshape(4, 1000)
+    io.atomic_save_safetensors({"row": matrix[2]}, path)
+    assert torch.equal(io.load_safetensors(path)["row"], matrix[2])
+    assert path.stat().st_size < 5000
 
 
 def test_loaded_tensors_outlive_a_new_save(tmp_path: Path) -> None:

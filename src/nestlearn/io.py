@@ -140,7 +140,7 @@ def atomic_save_safetensors(
         host = tensor.detach().to("cpu").contiguous()
         storage = host.untyped_storage()
         # safetensors refuses storages that are shared, even by views that do not overlap.
-        if storage.data_ptr() in seen or storage.nbytes() != host.numel() * host.element_size():
+        if storage.data_ptr() in seen:
             host = host.clone()
         seen.add(storage.data_ptr())
         flat[name] = host

@@ -267,6 +267,24 @@ def test_rotary_keeps_the_dtype_and_has_exact_gradients() -> None:
     assert half.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", [Attention, PlainAttention])
+def test_half_precision_by_autocast_and_by_weights(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    layer = kind(DIM, HEADS)
+    x = torch.randn(2, 6, DIM)
+    expected = layer(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, state = layer(x[:, :4], layer.init_state(2))
+        y, state = layer(x[:, 4:], state)
+    torch.testing.assert_close(y.float(), expected[:, 4:], rtol=0.05, atol=0.05)
+    assert state["keys"].dtype == torch.bfloat16
+    layer.bfloat16()
+    _, state = layer(x[:, :4].bfloat16(), layer.init_state(2))
+    y, _ = layer(x[:, 4:].bfloat16(), state)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected[:, 4:], rtol=0.05, atol=0.05)
+
+
 def test_readout_takes_any_head_width() -> None:
     assert GatedReadout(DIM, 2, 5)(torch.randn(3, 2, 7, 5), torch.randn(3, 7, DIM)).shape == (3, 7, DIM)
 

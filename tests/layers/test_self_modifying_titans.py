@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nestlearn.layers.self_modifying_specification import specify
+from nestlearn.layers.self_modifying_specification import specify, specify_reads
 from nestlearn.layers.self_modifying_titans import SelfModifyingTitans
 
 State = dict[str, Tensor]
@@ -14,9 +14,9 @@ State = dict[str, Tensor]
 RULES = ("dgd", "gd", "delta")
 READS = ("token", "previous", "chunk")
 CHUNKS = ((4, 4), (8, 2), (2, 8), (1, 1))
-# No multiple of a chunk, and with the positions below, at least one whole chunk of the larger size.
-TOKENS = {(4, 4): 6, (8, 2): 9, (2, 8): 9, (1, 1): 3}
-TOLERANCE = 1e-10
+# Where the rows begin, and how many tokens they read: over a boundary of both chunk sizes, ending in mid-chunk.
+SPANS = {(4, 4): (2, 5), (8, 2): (5, 5), (2, 8): (5, 5), (1, 1): (0, 2)}
+TOLERANCE = 1e-11
 
 
 def build(seed: int = 0, dim: int = 8, **settings: Any) -> SelfModifyingTitans:
@@ -45,18 +45,18 @@ def random_state(layer: SelfModifyingTitans, position: list[int]) -> State:
 
 
 def everything(
-    function: Any, layer: nn.Module, x: Tensor, state: State | None, cotangents: dict[str, Tensor] | None
+    function: Any, layer: nn.Module, x: Tensor, state: State | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(outputs and final state, gradients of their product with the cotangents), all by name."""
+    """(outputs and final state, gradients of their product with random cotangents), all by name."""
     y, after = function(x, state)
-    results = {"y": y, **after}
+    results = {**(y if isinstance(y, dict) else {"y": y}), **after}
     leaves = {"x": x, **dict(layer.named_parameters())}
     leaves |= {f"state.{name}": value for name, value in (state or {}).items() if value.requires_grad}
-    if cotangents is None:
-        torch.manual_seed(17)
-        cotangents = {name: torch.randn_like(value) for name, value in results.items() if value.is_floating_point()}
-    total = sum((results[name] * cotangent).sum() for name, cotangent in cotangents.items())
-    assert isinstance(total, Tensor)
+    generator = torch.Generator().manual_seed(17)
+    total = torch.zeros((), dtype=torch.float64)
+    for value in results.values():
+        if value.is_floating_point():
+            total = total + (value * torch.randn(value.shape, dtype=value.dtype, generator=generator)).sum()
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return results, dict(zip(leaves, gradients, strict=True))
 
@@ -74,9 +74,24 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def compare(layer: SelfModifyingTitans, tokens: int, state: State | None, batch: int = 2) -> None:
+    """Layer and specification under every timing of the reads: the gradients are those of the sum of the three."""
     x = torch.randn(batch, tokens, layer.readout.gate.in_features, dtype=torch.float64, requires_grad=True)
-    expected = everything(lambda x, s: specify(layer, x, s), layer, x, state, None)
-    found = everything(layer, layer, x, state, None)
+    own = layer.read
+
+    def written(x: Tensor, state: State | None) -> tuple[dict[str, Tensor], State]:
+        reads, after = specify_reads(layer, x, state)
+        return {f"y of {read}": y for read, y in reads.items()}, after
+
+    def fast(x: Tensor, state: State | None) -> tuple[dict[str, Tensor], State]:
+        outputs, after = {}, {}
+        for read in READS:
+            layer.read = read
+            outputs[f"y of {read}"], after = layer(x, state)
+        layer.read = own
+        return outputs, after
+
+    expected = everything(written, layer, x, state)
+    found = everything(fast, layer, x, state)
     for kind, ours, theirs in zip(("result", "gradient"), found, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for name, reference in theirs.items():
@@ -103,6 +118,168 @@ def test_equals_the_specification(
         negative_eigenvalues=negative_eigenvalues,
         adaptive_query=adaptive_query,
     )
-    for read in READS:
-        layer.read = read
-        compare(layer, TOKENS[chunks], random_state(layer, [1 % max(chunks)] * 2))
+    position, tokens = SPANS[chunks]
+    compare(layer, tokens, random_state(layer, [position] * 2))
+
+
+@pytest.mark.parametrize("negative_eigenvalues", [False, True])
+@pytest.mark.parametrize("write_bound", [None, 0.2, 4.0])
+@pytest.mark.parametrize("residual_memory", [False, True])
+@pytest.mark.parametrize("retention", [False, True])
+def test_equals_the_specification_with_other_settings(
+    retention: bool, residual_memory: bool, write_bound: float | None, negative_eigenvalues: bool
+) -> None:
+    for rule, momentum in (("dgd", True), ("delta", False)):
+        layer = build(
+            inner_rule=rule,
+            momentum=momentum,
+            retention=retention,
+            residual_memory=residual_memory,
+            write_bound=write_bound,
+            negative_eigenvalues=negative_eigenvalues,
+            chunk_size=3,
+        )
+        compare(layer, 5, random_state(layer, [2, 2]))
+
+
+def test_a_small_bound_clips_both_maps() -> None:
+    """The bound of 0.2 above is reached by the errors at the outer maps and by their images at the inner ones."""
+    for bound, reached in ((0.2, True), (1e6, False)):
+        layer = build(inner_rule="gd", retention=False, write_bound=bound, chunk_size=8)
+        free = build(inner_rule="gd", retention=False, write_bound=None, chunk_size=8)
+        x = torch.randn(2, 6, 8, dtype=torch.float64)
+        for name in ("inner", "outer"):
+            assert torch.allclose(layer(x)[1][name], free(x)[1][name], rtol=1e-9, atol=0) != reached
+        # With a key of norm 1 and "gd", one token moves an inner map by at most write * bound, and write < 1.
+        inner = layer(x[:, :1])[1]["inner"]
+        norms = torch.linalg.matrix_norm(inner)
+        if reached:
+            assert norms.max() <= bound
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory_hidden": 3},
+        {"memory_hidden": 7, "inner_rule": "delta", "momentum": True},
+        {"conv_width": 1},
+        {"conv_width": 2, "adaptive_query": True},
+        {"initial_gate": 0.05, "retain_to": "zero"},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_equals_the_specification_with_other_shapes(settings: dict[str, Any]) -> None:
+    layer = build(chunk_size=4, **settings)
+    compare(layer, 6, None)
+    compare(layer, 5, random_state(layer, [3, 3]))
+
+
+@pytest.mark.parametrize(("rule", "momentum"), [("dgd", True), ("delta", False)])
+def test_equals_the_specification_over_many_chunks(rule: str, momentum: bool) -> None:
+    layer = build(inner_rule=rule, momentum=momentum, chunk_size=8, projection_chunk_size=4)
+    compare(layer, 29, None, batch=1)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("chunks", CHUNKS[:3])
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_may_stand_at_different_places_in_their_chunks(rule: str, chunks: tuple[int, int], momentum: bool) -> None:
+    layer = build(
+        inner_rule=rule, momentum=momentum, chunk_size=chunks[0], projection_chunk_size=chunks[1], read="previous"
+    )
+    compare(layer, 6, random_state(layer, [1, max(chunks) - 1, 0]), batch=3)
+    compare(layer, 1, random_state(layer, [1, max(chunks) - 1, 0]), batch=3)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("retain_to", ["initial", "zero"])
+@pytest.mark.parametrize("chunks", [(4, 4), (8, 2), (2, 8)])
+def test_a_state_can_be_handed_over_in_mid_chunk(chunks: tuple[int, int], retain_to: str, momentum: bool) -> None:
+    """From layer to specification and back, gradients through the state included."""
+    layer = build(
+        inner_rule="delta",
+        momentum=momentum,
+        retain_to=retain_to,
+        chunk_size=chunks[0],
+        projection_chunk_size=chunks[1],
+    )
+    x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+
+    def relay(first: Any, second: Any) -> Any:
+        def run(x: Tensor, state: State | None) -> tuple[Tensor, State]:
+            start, middle = first(x[:, :5], state)
+            end, after = second(x[:, 5:], middle)
+            return torch.cat([start, end], dim=1), after
+
+        return run
+
+    def written(x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        return specify(layer, x, state)
+
+    expected = everything(written, layer, x, None)
+    for function in (relay(layer, written), relay(written, layer), relay(layer, layer)):
+        for ours, theirs in zip(everything(function, layer, x, None), expected, strict=True):
+            for name, reference in theirs.items():
+                assert difference(ours[name], reference) <= TOLERANCE, name
+
+
+def test_without_gradients_the_specification_is_the_same() -> None:
+    layer = build(chunk_size=4, momentum=True)
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    expected, state = specify(layer, x)
+    with torch.no_grad():
+        y, after = specify(layer, x)
+    assert not y.requires_grad
+    assert difference(y, expected) <= TOLERANCE
+    assert all(difference(after[name], state[name]) <= TOLERANCE for name in state)
+
+
+def test_single_precision_is_near() -> None:
+    layer = build(chunk_size=8, momentum=True)
+    x = torch.randn(2, 21, 8, dtype=torch.float64)
+    expected, state = specify(layer, x)
+    y, after = layer.float()(x.float())
+    assert y.dtype == torch.float32
+    assert difference(y.double(), expected) < 1e-4
+    for name in ("inner", "outer", "inner_momentum", "outer_momentum"):
+        assert difference(after[name].double(), state[name]) < 1e-4
+
+
+def test_the_specification_refuses_to_cut_gradients() -> None:
+    with pytest.raises(ValueError, match="detach_every: expected None, got 2"):
+        specify(build(detach_every=2), torch.zeros(1, 1, 8, dtype=torch.float64))
+
+
+def test_detach_every_cuts_gradients_and_nothing_else() -> None:
+    """With a cut after each chunk, no gradient passes from one chunk of outputs to an earlier token's write."""
+    layer, cut = build(chunk_size=4, conv_width=1), build(chunk_size=4, conv_width=1, detach_every=1)
+    x = torch.randn(2, 8, 8, dtype=torch.float64, requires_grad=True)
+    y, z = layer(x)[0], cut(x)[0]
+    assert torch.equal(y, z)
+    (through,) = torch.autograd.grad(y[:, 4:].sum(), x)
+    (stopped,) = torch.autograd.grad(z[:, 4:].sum(), x)
+    assert through[:, :4].abs().max() > 1e-6
+    assert stopped[:, :4].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"inner_rule": "sgd"}, "inner_rule: expected one of 'dgd', 'gd', 'delta'; got 'sgd'"),
+        ({"read": "next"}, "read: expected one of"),
+        ({"retain_to": "half"}, "retain_to: expected one of"),
+        ({"chunk_size": 0}, "at least 1"),
+        ({"chunk_size": 6, "projection_chunk_size": 4}, "one must divide the other; got 6 and 4"),
+        ({"write_bound": 0.0}, "write_bound: expected a positive norm"),
+        ({"initial_gate": 1.0}, "initial_gate: expected a number between 0 and 1, got 1.0"),
+        ({"detach_every": 0}, "detach_every: expected at least 1"),
+    ],
+)
+def test_a_wrong_setting_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfModifyingTitans(8, 2, **settings)
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="dim: expected a multiple of heads"):
+        SelfModifyingTitans(9, 2)

@@ -274,7 +274,7 @@ def test_what_cannot_be_wrapped_and_what_cannot_be_loaded():
     params = parameters()
     with pytest.raises(TypeError, match="LBFGS cannot"):
         LevelOptimizer(torch.optim.LBFGS(params))
-    with pytest.raises(TypeError, match="expected a torch.optim.Optimizer"):
+    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer"):
         LevelOptimizer(params)
     optimizer = LevelOptimizer(torch.optim.SGD(groups(params), lr=0.1))
     with pytest.raises(ValueError, match="saved by a plain optimizer"):

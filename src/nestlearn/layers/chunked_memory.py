@@ -254,17 +254,17 @@ class ChunkedMemoryLayer(nn.Module):
             document_starts: (B, T) bool, tokens before which the state is reset.
         """
         batch, tokens, _ = x.shape
-        state = self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
-        inputs, tail = self._inputs(x, state["convolution"], lengths, document_starts)
+        memory = self._fresh(batch) if state is None else MemoryState.of(state)
+        old_tail = None if state is None else state["convolution"]
+        inputs, tail = self._inputs(x, old_tail, lengths, document_starts)
         timeline = plan_timeline(
-            state["position"],
+            torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state["position"],
             tokens,
             chunk=min(self.chunk_size, self.projection_chunk_size),
             period=max(self.chunk_size, self.projection_chunk_size),
             lengths=lengths,
             document_starts=document_starts,
         )
-        memory = MemoryState.of(state)
         with torch.autocast(x.device.type, enabled=False):
             inputs = timeline.spread(inputs).to(memory.running.inner.dtype)
             fresh = None
@@ -289,7 +289,7 @@ class ChunkedMemoryLayer(nn.Module):
         return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)
 
     def _inputs(
-        self, x: Tensor, tail: Tensor, lengths: Tensor | None, document_starts: Tensor | None
+        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """All that is known of each token before the walk, side by side (B, T, ...), and the convolution's tail."""
         return self.streams(x, tail, lengths=lengths, document_starts=document_starts)

@@ -72,8 +72,9 @@ class MatrixMemoryLayer(nn.Module):
             document_starts: (B, T) bool, tokens before which the state is reset.
         """
         batch, tokens, _ = x.shape
-        state = self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
-        inputs, tail = self.streams(x, state["convolution"], lengths=lengths, document_starts=document_starts)
+        memory = self.memory.init_state(batch) if state is None else state["memory"]
+        old_tail = None if state is None else state["convolution"]
+        inputs, tail = self.streams(x, old_tail, lengths=lengths, document_starts=document_starts)
         width = inputs.shape[-1]
         if self.gates is not None:
             inputs = torch.cat([inputs, self.gates(x)], dim=-1)
@@ -86,7 +87,6 @@ class MatrixMemoryLayer(nn.Module):
             lengths=lengths,
             document_starts=document_starts,
         )
-        memory = state["memory"]
         with torch.autocast(x.device.type, enabled=False):
             inputs = timeline.spread(inputs).to(memory.dtype)
             outputs = []

@@ -21,5 +21,5 @@ class GatedReadout(nn.Module):
 
     def forward(self, o: Tensor, x: Tensor) -> Tensor:
         """o (B, H, T, Dh) from the heads, x (B, T, D) the input of the layer -> (B, T, D)."""
-        o = self.norm(o.transpose(1, 2)).flatten(2)
+        o = self.norm(o.transpose(1, 2).to(self.norm.weight.dtype)).flatten(2)  # autocast leaves o in half precision
         return self.output(o * F.silu(self.gate(x)))

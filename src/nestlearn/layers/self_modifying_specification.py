@@ -1,7 +1,7 @@
 """Self-modifying Titans (Eq. 86-91) as a listing: one token after another, one memory after another.
 
-What `SelfModifyingTitans` must equal, in outputs, states and gradients. It shares no code with the layer's fast form and
-nobody optimises it; the numbers in brackets are the decisions of docs/decisions.md.
+What `SelfModifyingTitans` must equal, in outputs, states and gradients. It shares no code with the layer's fast form
+and nobody optimises it; the numbers in brackets are the decisions of docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nestlearn.layers.chunked_memory import Read
 from nestlearn.layers.self_modifying_titans import SelfModifyingTitans
 
 State = dict[str, Tensor]
@@ -50,6 +51,14 @@ def specify(layer: SelfModifyingTitans, x: Tensor, state: State | None = None) -
     Raises:
         ValueError: if the layer truncates gradients, which has no counterpart here.
     """
+    reads, after = specify_reads(layer, x, state)
+    return reads[layer.read], after
+
+
+def specify_reads(
+    layer: SelfModifyingTitans, x: Tensor, state: State | None = None
+) -> tuple[dict[Read, Tensor], State]:
+    """As `specify`, with the outputs of every timing of the reads, whatever the layer's own: no write depends on it."""
     if layer.detach_every is not None:
         raise ValueError(f"detach_every: expected None, got {layer.detach_every}; the specification cuts no gradient")
     batch, tokens, _ = x.shape
@@ -74,7 +83,7 @@ def specify(layer: SelfModifyingTitans, x: Tensor, state: State | None = None) -
         momentum = unstack(names, state, "_momentum") if layer.momentum else dict(nothing)
         position, window = state["position"], state["convolution"]
 
-    outputs = []
+    outputs: dict[Read, list[Tensor]] = {"token": [], "previous": [], "chunk": []}
     for t in range(tokens):
         # (18) Slow projections of the token behind a short causal convolution.
         window = torch.cat([window, x[:, t : t + 1] @ layer.streams.projection.weight.T], dim=1)
@@ -130,14 +139,14 @@ def specify(layer: SelfModifyingTitans, x: Tensor, state: State | None = None) -
             running[name], momentum[name] = Memory(*maps), Memory(*moments)
 
         # (2) Which state of the main memory the token reads.
-        if layer.read == "token":
-            memory = fixed["memory"].plus(running["memory"])  # Eq. 78, 82
-        elif layer.read == "previous":
-            memory = fixed["memory"].plus(before["memory"])  # Eq. 83, 86
-        else:
-            memory = xi["memory"]  # Eq. 90
-        o = memory(q)
-        outputs.append(o + q if layer.residual_memory else o)
+        main = {
+            "token": fixed["memory"].plus(running["memory"]),  # Eq. 78, 82
+            "previous": fixed["memory"].plus(before["memory"]),  # Eq. 83, 86
+            "chunk": xi["memory"],  # Eq. 90
+        }
+        for read, answers in outputs.items():
+            o = main[read](q)
+            answers.append(o + q if layer.residual_memory else o)
 
         # (10) Where a chunk ends, for each row on its own, a new snapshot is taken.
         position = position + 1
@@ -149,15 +158,18 @@ def specify(layer: SelfModifyingTitans, x: Tensor, state: State | None = None) -
                 torch.where(ended, running[name].outer, snapshot[name].outer),
             )
 
-    # RMSNorm of each head, a gate from the layer's input, back to the model's width.
-    o = torch.stack(outputs, dim=1) if outputs else x.new_zeros(batch, 0, layer.heads, x.shape[-1] // layer.heads)
-    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * layer.readout.norm.weight
-    y = (o.flatten(2) * F.silu(x @ layer.readout.gate.weight.T)) @ layer.readout.output.weight.T
-
     period = max(layer.chunk_size, layer.projection_chunk_size)
     after = {"position": position % period, "convolution": window}
     after |= stack(names, running, "") | stack(names, snapshot, "_snapshot")
-    return y, after | (stack(names, momentum, "_momentum") if layer.momentum else {})
+    after |= stack(names, momentum, "_momentum") if layer.momentum else {}
+    return {read: readout(layer, answers, x) for read, answers in outputs.items()}, after
+
+
+def readout(layer: SelfModifyingTitans, outputs: list[Tensor], x: Tensor) -> Tensor:
+    """RMSNorm of each head, a gate from the layer's input, back to the model's width: T of (B, H, K) -> (B, T, D)."""
+    o = torch.stack(outputs, dim=1) if outputs else x.new_zeros(*x.shape[:2], layer.heads, x.shape[2] // layer.heads)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * layer.readout.norm.weight
+    return (o.flatten(2) * F.silu(x @ layer.readout.gate.weight.T)) @ layer.readout.output.weight.T
 
 
 def surprises(

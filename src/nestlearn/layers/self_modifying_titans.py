@@ -122,11 +122,11 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
         base = base_weights(self.memory, self.retain_to)
         whole = state.snapshot.add(base)
-        u_q, u_k, u_v, u_g = self.streams.split(inputs)
+        u_q, u_k, u_v, u_g = self.streams.split(inputs).unbind(0)
 
         # Eq. 83: the projections, from the snapshot.
-        inputs = [u_k, u_v, u_g, u_g, u_q] if self.adaptive_query else [u_k, u_v, u_g, u_g]
-        u = torch.stack(inputs, dim=2)
+        slow = [u_k, u_v, u_g, u_g, u_q] if self.adaptive_query else [u_k, u_v, u_g, u_g]
+        u = torch.stack(slow, dim=2)  # (B, H, M - 1, C, K)
         projected = u + read_mlp(MLPWeights(whole.inner[:, :, :-1], whole.outer[:, :, :-1]), u)
         keys, values = normalize(projected[:, :, 0]), normalize(projected[:, :, 1])
         queries = normalize(projected[:, :, 4] if self.adaptive_query else u_q)

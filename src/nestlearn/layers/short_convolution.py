@@ -168,18 +168,19 @@ class ShortConvolution(nn.Module):
         Returns y (B, T, C) and the new tail: the inputs of each row's last width - 1 valid tokens, oldest first, with
         zeros in place of earlier documents.
         """
+        weight = self.weight.to(x.dtype)
         if tail is None:
-            y = causal_convolution(x, self.weight, document_starts)
+            y = causal_convolution(x, weight, document_starts)
             tail = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
         else:
             tail = tail.to(x.dtype)
             joined = torch.cat([tail, x], dim=1)
             if x.shape[1] == 1 and document_starts is None:
-                y = (joined * self.weight).sum(1, keepdim=True)
+                y = (joined * weight).sum(1, keepdim=True)
             else:
                 history = self.width - 1
                 starts = None if document_starts is None else F.pad(document_starts, (history, 0))
-                y = causal_convolution(joined, self.weight, starts)[:, history:]
+                y = causal_convolution(joined, weight, starts)[:, history:]
         return y, self._next_tail(x, tail, lengths, document_starts)
 
     def _next_tail(self, x: Tensor, tail: Tensor, lengths: Tensor | None, document_starts: Tensor | None) -> Tensor:

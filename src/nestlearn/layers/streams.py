@@ -38,9 +38,9 @@ class Streams(nn.Module):
         return self.convolution.init_state(batch_size, device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, tail: Tensor, *, lengths: Tensor | None = None, document_starts: Tensor | None = None
+        self, x: Tensor, tail: Tensor | None, *, lengths: Tensor | None = None, document_starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> all streams side by side (B, T, streams * D), and the new tail."""
+        """x (B, T, D) -> all streams side by side (B, T, streams * D), and the new tail. No tail: a fresh context."""
         u, tail = self.convolution(self.projection(x), tail, lengths=lengths, document_starts=document_starts)
         return F.silu(u), tail
 

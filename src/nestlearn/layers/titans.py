@@ -75,7 +75,7 @@ class Titans(ChunkedMemoryLayer):
             self.momentum_bias = nn.Parameter(torch.zeros(heads))
 
     def _inputs(
-        self, x: Tensor, tail: Tensor, lengths: Tensor | None, document_starts: Tensor | None
+        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         u, tail = self.streams(x, tail, lengths=lengths, document_starts=document_starts)
         return torch.cat([u, self.gates(x)], dim=-1), tail

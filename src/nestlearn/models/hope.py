@@ -49,6 +49,13 @@ class HopeBlock(nn.Module):
         x = checkpoint(self.memory_system, x, use_reentrant=False) if recompute else self.memory_system(x)
         return x, state
 
+    def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token, x (B, 1, D), by the mixer's own fast path where it has one."""
+        step = getattr(self.mixer, "decode_step", self.mixer)
+        mixed, state = step(self.norm(x), state)
+        x = self.memory_system(x + mixed)
+        return x, state
+
 
 class HopeLM(nn.Module):
     """A language model of `HopeConfig`. All rows of a batch are independent, and the state is the caller's:
@@ -111,7 +118,7 @@ class HopeLM(nn.Module):
         self._check(tokens, lengths, document_starts)
         x = self.embedding(tokens)
         new_state: State = {}
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._blocks()):
             prefix = f"blocks.{index}."
             own = None if state is None else _with_prefix(state, prefix)
             x, own = block(x, own, lengths, document_starts)
@@ -124,24 +131,33 @@ class HopeLM(nn.Module):
         tokens read, except for attention."""
         parameter = self.embedding.weight
         state: State = {}
-        for index, block in enumerate(self.blocks):
-            own = block.mixer.init_state(batch_size, device=parameter.device, dtype=parameter.dtype)
+        for index, block in enumerate(self._blocks()):
+            own = block.mixer.init_state(batch_size, device=parameter.device, dtype=parameter.dtype)  # type: ignore[operator]
             state |= {f"blocks.{index}.{name}": tensor for name, tensor in own.items()}
         return state
 
+    @torch.no_grad()
     def decode_step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
-        """Reads one token a row: token (B,) int64 -> logits (B, vocab_size) and the new state.
+        """Reads one token a row, without gradients: token (B,) int64 -> logits (B, vocab_size) and the new state.
 
-        It may reuse the state's memory: go on with the state that it returns.
+        It may overwrite the given state: go on with the one that it returns.
         """
-        logits, state = self(token[:, None], state)
-        return logits[:, 0], state
+        x = self.embedding(token[:, None])
+        new_state: State = {}
+        for index, block in enumerate(self._blocks()):
+            prefix = f"blocks.{index}."
+            x, own = block.decode_step(x, _with_prefix(state, prefix))
+            new_state |= {prefix + name: tensor for name, tensor in own.items()}
+        return self.head(self.norm(x))[:, 0], new_state
+
+    def _blocks(self) -> list[HopeBlock]:
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def set_activation_checkpointing(self, on: bool = True) -> None:
         """Recomputes activations in the backward pass, chunk by chunk in the memories, instead of keeping them."""
         for module in self.modules():
             if hasattr(module, "activation_checkpointing"):
-                module.activation_checkpointing = on
+                module.activation_checkpointing = on  # type: ignore[assignment]
 
     def num_parameters(self) -> int:
         """Learnt numbers, shared ones counted once."""

@@ -121,7 +121,8 @@ def train(
             model.set_activation_checkpointing(True)  # type: ignore[operator]
         optimizer = LevelOptimizer.for_model(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
         corpus = "-".join(side.documents.fingerprint() for side in (training_side, held_out_side))
-        progress = {"corpus": corpus, "seconds": 0.0, "losses": 0.0, "count": 0}
+        progress: dict[str, Any] = {"corpus": corpus, "seconds": 0.0, "losses": 0.0, "count": 0}
+        progress |= {"loss": None, "held_out": None, "evaluated": None}
         if start is not None:
             _check_resumable(start, run, corpus, notice)
             start.restore(model, optimizer)
@@ -187,6 +188,9 @@ def _read(data: DataConfig, config: TrainingConfig, notice: Notice) -> tuple[Tok
         PackedTokens(tokenize_documents(texts, tokenizer), sequence_length=config.sequence_length, seed=config.seed)
         for texts in (training, held_out)
     ]
+    # Both sides complain of text that is too short; better now than at the first evaluation.
+    sides[0].batch(0, 1)
+    next(sides[1].evaluation_batches(1, 1))
     return tokenizer, sides[0], sides[1]
 
 

@@ -52,7 +52,8 @@ def plot_losses(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7, 4.5), dpi=150)
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.12, top=0.97)
     axes = figure.add_subplot()
     runs = {label: log, **(baselines or {})}
     lowest, highest = float("inf"), 0.0

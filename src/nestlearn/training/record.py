@@ -33,8 +33,9 @@ class RunLog:
 
     def __init__(self, path: str | os.PathLike[str], *, step: int) -> None:
         self.path = Path(path)
-        self.rows = [row for row in read_log(path) if row["step"] <= step] if self.path.is_file() else []
-        atomic_write_text(path, "".join(_line(row) for row in self.rows))
+        rows = [row for row in read_log(path) if row["step"] <= step] if self.path.is_file() else []
+        self._known = {(row["event"], row["step"]) for row in rows}
+        atomic_write_text(path, "".join(_line(row) for row in rows))
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
 
     def __enter__(self) -> RunLog:
@@ -45,14 +46,21 @@ class RunLog:
     ) -> None:
         self._file.close()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one line. Raises OSError that names the file where the disk refuses."""
-        self.rows.append(row)
+    def write(self, row: dict[str, Any]) -> bool:
+        """Append one line; returns False where the log has that event of that step already.
+
+        Raises: OSError that names the file where the disk refuses.
+        """
+        key = (row["event"], row["step"])
+        if key in self._known:
+            return False
+        self._known.add(key)
         try:
             self._file.write(_line(row))
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, f"could not write the log: {error.strerror}", str(self.path)) from error
+        return True
 
 
 def describe_environment(processes: Processes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +29,9 @@ from nestlearn.training.progress import TrainingProgress, duration
 from nestlearn.training.record import RunLog, describe_environment, write_metadata
 
 __all__ = ["Session", "TrainingDiverged", "TrainingResult", "learning_rate", "resume_command"]
+
+# Drawing takes as long as several steps of a small model: it is done at the end, and with a checkpoint this often.
+_PLOT_SECONDS = 60.0
 
 Event = Callable[[dict[str, Any]], None]
 Notice = Callable[[str], None]
@@ -72,7 +75,7 @@ class Session:
         folder: Where everything is written.
         step: Optimizer steps taken so far.
         progress: What a checkpoint carries for the loop: the seconds spent, the sum and count of the losses since the
-            last line of the log, the fingerprint of the corpus.
+            last line of the log and that line's loss, the last evaluation and its step, the corpus's fingerprint.
         model, optimizer, loss: What is trained, by what, and `SummedLoss` of the model.
         training_side, held_out_side: The corpus.
         tokenizer: Saved beside the checkpoints.
@@ -98,11 +101,10 @@ class Session:
         self.config = self.run.training
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.model.parameters())
-        self.held_out: Evaluation | None = None
-        self.last_loss: float | None = None
         self.saved = checkpoint_path(self.folder, self.step) if self.step else None
         self.recent: deque[float] = deque(maxlen=self.config.log_every)  # seconds of the last steps
         self.log: RunLog | None = None
+        self.plotted = time.monotonic()
         if self.processes.is_main:
             self._write_description()
         find_unused = self.processes.world_size > 1 and self._some_unused()
@@ -116,7 +118,6 @@ class Session:
         with contextlib.ExitStack() as stack:
             if main:
                 self.log = stack.enter_context(RunLog(self.folder / "log.jsonl", step=self.step))
-                self._recall(self.log)
             bar = TrainingProgress(total=config.steps, done=self.step, silent=not main)
             self.bar = stack.enter_context(bar)
             if main:
@@ -124,7 +125,7 @@ class Session:
             stop = stack.enter_context(_stop_on_signal(announce=main))
             self.model.train()
             # An evaluation that was due when the run was stopped: its line belongs to the log like any other.
-            if self.step and self._evaluation_due() and not self._evaluated():
+            if self.step and self._evaluation_due() and self.progress["evaluated"] != self.step:
                 self._evaluate()
             stopped = False
             while self.step < config.steps and not stopped:
@@ -133,15 +134,15 @@ class Session:
                 if self._evaluation_due() and (finished or not stopped):
                     self._evaluate()
                 if finished or stopped or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
-                    self._save()
+                    self._save(final=finished or stopped)
             interrupted = self.step < config.steps
             if interrupted:
                 self.notice(f"stopped after step {self.step:,}, saved {self.saved}\n{resume_command(self.folder)}")
         return TrainingResult(
             folder=self.folder,
             step=self.step,
-            loss=self.last_loss,
-            held_out=self.held_out,
+            loss=self.progress["loss"],
+            held_out=Evaluation(**self.progress["held_out"]) if self.progress["held_out"] else None,
             checkpoint=self.saved,
             interrupted=interrupted,
             parameters=self.size,
@@ -192,12 +193,12 @@ class Session:
         speed = config.tokens_per_step * len(self.recent) / max(sum(self.recent), 1e-9)
         self.bar.update(self.step, loss=loss, tokens_per_second=speed)
         if self.step % config.log_every == 0 or self.step == config.steps:
-            self.last_loss = progress["losses"] / progress["count"]
+            progress["loss"] = progress["losses"] / progress["count"]
             row = {
                 "event": "train",
                 "step": self.step,
                 "tokens": self.step * config.tokens_per_step,
-                "loss": self.last_loss,
+                "loss": progress["loss"],
                 "lr": rate,
                 "grad_norm": norm,
                 "tokens_per_second": round(speed, 1),
@@ -208,31 +209,22 @@ class Session:
 
     def _evaluate(self) -> None:
         config = self.config
-        self.held_out = evaluate_loss(
+        found = evaluate_loss(
             without_data_parallel(self.loss),
             self.held_out_side,
             batch_size=max(1, config.batch_size // config.accumulate // self.processes.world_size),
             max_tokens=config.eval_tokens or None,
             processes=self.processes,
         )
-        self._emit(
-            {
-                "event": "eval",
-                "step": self.step,
-                "tokens": self.step * config.tokens_per_step,
-                "loss": self.held_out.loss,
-                "bits_per_byte": self.held_out.bits_per_byte,
-                "targets": self.held_out.targets,
-                "bytes": self.held_out.bytes,
-                "seconds": round(self.progress["seconds"], 3),
-            }
-        )
+        self.progress["held_out"], self.progress["evaluated"] = asdict(found), self.step
+        place = {"event": "eval", "step": self.step, "tokens": self.step * config.tokens_per_step}
+        self._emit({**place, **asdict(found), "seconds": round(self.progress["seconds"], 3)})
         self.notice(
-            f"step {self.step:,}: held-out loss {self.held_out.loss:.4f} nats per token, "
-            f"{self.held_out.bits_per_byte:.4f} bits per byte, after {duration(self.progress['seconds'])}"
+            f"step {self.step:,}: held-out loss {found.loss:.4f} nats per token, "
+            f"{found.bits_per_byte:.4f} bits per byte, after {duration(self.progress['seconds'])}"
         )
 
-    def _save(self) -> None:
+    def _save(self, *, final: bool) -> None:
         path = checkpoint_path(self.folder, self.step)
         if self.processes.is_main:
             save_checkpoint(
@@ -246,33 +238,20 @@ class Session:
                 progress=self.progress,
             )
             prune_checkpoints(self.folder, self.config.keep_checkpoints)
-            plot_losses(self.folder / "log.jsonl", self.folder / "loss.png")
+            if final or time.monotonic() - self.plotted > _PLOT_SECONDS:
+                plot_losses(self.folder / "log.jsonl", self.folder / "loss.png")
+                self.plotted = time.monotonic()
             self.on_event({"event": "checkpoint", "step": self.step, "path": str(path)})
         self.processes.wait()
         self.saved = path
 
     def _emit(self, row: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log.write(row)
+        if self.log is not None and self.log.write(row):
             self.on_event(row)
 
     def _evaluation_due(self) -> bool:
         every = self.config.eval_every
         return self.step == self.config.steps or bool(every and self.step % every == 0)
-
-    def _evaluated(self) -> bool:
-        """Whether the log has the evaluation of this step; the first process knows."""
-        rows = [] if self.log is None else self.log.rows
-        found = any(row["event"] == "eval" and row["step"] == self.step for row in rows)
-        return self.processes.sum(float(found))[0] > 0
-
-    def _recall(self, log: RunLog) -> None:
-        """What earlier sessions found, from the log."""
-        for row in log.rows:
-            if row["event"] == "train":
-                self.last_loss = row["loss"]
-            else:
-                self.held_out = Evaluation(**{field.name: row[field.name] for field in fields(Evaluation)})
 
     def _diverged(self, loss: float, norm: float) -> None:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
@@ -337,17 +316,24 @@ def _split(batch: Batch, parts: int) -> list[Batch]:
 
 @contextlib.contextmanager
 def _stop_on_signal(*, announce: bool) -> Iterator[dict[str, bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag; a second one interrupts at once, without saving."""
+    """Turn the first SIGINT or SIGTERM into a flag; a later SIGINT interrupts at once, without saving.
+
+    torchrun passes on the signal that the terminal has already sent, so one within a second is not a second wish.
+    """
     flag = {"now": False}
+    since = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal since
         if flag["now"]:
-            raise KeyboardInterrupt
-        flag["now"] = True
+            if number == signal.SIGINT and time.monotonic() - since > 1.0:
+                raise KeyboardInterrupt
+            return
+        flag["now"], since = True, time.monotonic()
         if announce:
             # Not print: a handler may run in the middle of one.
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping: finishing this step and saving (once more stops at once, without saving)\n")
+                os.write(2, b"\nstopping: finishing this step and saving (Ctrl-C once more: at once, without saving)\n")
 
     previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):

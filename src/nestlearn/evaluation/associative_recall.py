@@ -1,0 +1,194 @@
+"""MQAR, multi-query associative recall (Arora et al., 2312.04927): read pairs, then say the value of every key asked.
+
+    python -m nestlearn.evaluation.associative_recall --out results/mqar
+
+compares mixers, and the choices that docs/decisions.md left to recall (decisions 2, 3, 11 and 18).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.evaluation.jobs import Job, Record, provenance, run_jobs
+from nestlearn.io import atomic_write_text
+from nestlearn.models import HopeConfig, HopeLM
+from nestlearn.optim import LevelOptimizer
+
+IGNORED = -100
+
+
+def recall_batch(
+    batch_size: int, *, pairs: int, length: int, symbols: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Sequences of `pairs` keys and values, then every key once more, at random places among filler.
+
+    Tokens: 0 is filler, 1 .. symbols are keys, symbols + 1 .. 2 symbols are values.
+
+    Args:
+        batch_size: B.
+        pairs: pairs of a sequence, at most `symbols`.
+        length: T, at least 3 * pairs.
+        symbols: number of keys, and of values.
+        generator: source of randomness.
+
+    Returns:
+        tokens (B, T), and targets (B, T): the key's value where it is asked, `IGNORED` elsewhere.
+    """
+    if length < 3 * pairs or pairs > symbols:
+        raise ValueError(f"{pairs} pairs need a length of at least {3 * pairs} (got {length}) and {pairs} symbols")
+    draw = torch.rand(batch_size, symbols, generator=generator)
+    keys = 1 + draw.argsort(1)[:, :pairs]
+    values = 1 + symbols + torch.randint(symbols, (batch_size, pairs), generator=generator)
+    tokens = torch.zeros(batch_size, length, dtype=torch.long)
+    targets = torch.full((batch_size, length), IGNORED)
+    tokens[:, 0 : 2 * pairs : 2] = keys
+    tokens[:, 1 : 2 * pairs : 2] = values
+    order = torch.rand(batch_size, length - 2 * pairs, generator=generator).argsort(1)
+    places = 2 * pairs + order[:, :pairs]
+    tokens.scatter_(1, places, keys)
+    targets.scatter_(1, places, values)
+    return tokens, targets
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hope": {},
+    "hope, read previous": {"read": "previous"},
+    "hope, read chunk": {"read": "chunk"},
+    "hope, retain to zero": {"retain_to": "zero"},
+    "hope, residual memory": {"residual_memory": True},
+    "hope, dgd": {"inner_rule": "dgd"},
+    "hope, gd": {"inner_rule": "gd"},
+    "hope, delta": {"inner_rule": "delta"},
+    "hope, momentum": {"momentum": True},
+    "hope, no momentum": {"momentum": False},
+    "hope, negative eigenvalues": {"negative_eigenvalues": True},
+    "hope, adaptive q": {"adaptive_query": True},
+    "hope, write bound 1": {"write_bound": 1.0},
+    "hope, gate 0.1": {"initial_gate": 0.1},
+    "hope, gate 0.9": {"initial_gate": 0.9},
+    "hope, chunk 64": {"chunk_size": 64},
+    "hope, chunk 4": {"chunk_size": 4},
+    "hope, literal paper": {
+        "momentum": True,
+        "read": "chunk",
+        "retain_to": "zero",
+        "residual_memory": True,
+        "write_bound": None,
+    },
+    "titans": {"mixer": "titans"},
+    "gated_delta_net": {"mixer": "gated_delta_net"},
+    "delta_net": {"mixer": "delta_net"},
+    "linear_attention": {"mixer": "linear_attention"},
+    "attention": {"mixer": "attention"},
+    "transformer": {"mixer": "plain_attention"},
+}
+
+
+def train_recall(job: Job) -> Record:
+    """Trains one model on MQAR; the record holds its accuracy on fixed fresh sequences over the steps."""
+    settings = {"dim": 64, "depth": 2, "heads": 2, "cms_periods": (1,), "cms_expansion": 2.0, "chunk_size": 16}
+    torch.manual_seed(job["seed"])
+    config = HopeConfig(**{**settings, "vocab_size": 1 + 2 * job["symbols"], **job["settings"]})
+    model = HopeLM(config)
+    optimizer = LevelOptimizer.for_model(model, lr=job["lr"], weight_decay=0.1)
+    data = torch.Generator().manual_seed(1000 + job["seed"])
+    task = {"pairs": job["pairs"], "length": job["length"], "symbols": job["symbols"]}
+    test_tokens, test_targets = recall_batch(512, **task, generator=torch.Generator().manual_seed(1))
+    curve = []
+    for step in range(1, job["steps"] + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = job["lr"] * min(1.0, step / 50)
+        tokens, targets = recall_batch(job["batch_size"], **task, generator=data)
+        logits, _ = model(tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % job["every"] == 0:
+            with torch.no_grad():
+                right = model(test_tokens)[0].argmax(-1) == test_targets
+            accuracy = right.sum().item() / (test_targets != IGNORED).sum().item()
+            curve.append({"step": step, "loss": round(loss.item(), 4), "accuracy": round(accuracy, 4)})
+            if accuracy >= 0.99:
+                break
+    reached = next((point["step"] for point in curve if point["accuracy"] >= 0.95), None)
+    return {"steps_to_95": reached, "curve": curve, "parameters": model.num_parameters(), "config": config.to_dict()}
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: steps to 95% for each seed at each variant's best learning rate."""
+    names = list(dict.fromkeys(record["job"]["variant"] for record in records))
+    lines = [
+        "| model | parameters | lr | steps to 95%, each seed | mean | accuracy at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        best = None
+        for lr in sorted({r["job"]["lr"] for r in records if r["job"]["variant"] == name}):
+            runs = [r for r in records if r["job"]["variant"] == name and r["job"]["lr"] == lr]
+            counted = [r["steps_to_95"] or r["job"]["steps"] + r["job"]["every"] for r in runs]
+            final = statistics.mean(r["curve"][-1]["accuracy"] for r in runs)
+            key = (statistics.mean(counted), -final)
+            if best is None or key < best[0]:
+                best = (key, lr, runs, counted, final)
+        assert best is not None
+        _, lr, runs, counted, final = best
+        steps = ", ".join(str(r["steps_to_95"] or f"> {r['job']['steps']}") for r in runs)
+        mean = f"{statistics.mean(counted):.0f}" if all(r["steps_to_95"] for r in runs) else "-"
+        lines.append(f"| {name} | {runs[0]['parameters']:,} | {lr:g} | {steps} | {mean} | {final:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/mqar"), help="folder of the records and the table")
+    parser.add_argument("--variants", default=",".join(VARIANTS), type=str, help="which, separated by ';'")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lrs", type=lambda s: [float(x) for x in s.split(",")], default=[1e-3, 3e-3])
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--symbols", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    arguments = parser.parse_args()
+    variants = list(VARIANTS) if arguments.variants == ",".join(VARIANTS) else arguments.variants.split(";")
+    unknown = [name for name in variants if name not in VARIANTS]
+    if unknown:
+        parser.error(f"unknown variants {unknown}; known, separated by ';': {'; '.join(VARIANTS)}")
+    jobs = [
+        {
+            "name": f"{name.replace(', ', '-').replace(' ', '_')}-lr{lr:g}-seed{seed}",
+            "variant": name,
+            "settings": VARIANTS[name],
+            "lr": lr,
+            "seed": seed,
+            **{key: getattr(arguments, key) for key in ("pairs", "length", "symbols", "steps", "every", "batch_size")},
+        }
+        for seed in range(arguments.seeds)
+        for name in variants
+        for lr in arguments.lrs
+    ]
+    records = run_jobs(train_recall, jobs, arguments.out / "runs", processes=arguments.jobs)
+    origin = provenance()
+    text = (
+        f"MQAR, {arguments.pairs} pairs, length {arguments.length}, {arguments.symbols} keys and values; 2 layers, "
+        f"width 64, chunk 16 unless said; batch {arguments.batch_size}, AdamW, the better of lr {arguments.lrs}; "
+        f"commit {origin['commit']}, torch {origin['torch']}, one CPU thread a run.\n\n{table(records)}\n"
+    )
+    atomic_write_text(arguments.out / "table.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
