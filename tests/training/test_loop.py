@@ -25,6 +25,7 @@ from nestlearn.training.config import DataConfig, RunConfig, TrainingConfig
 from nestlearn.training.data import PackedTokens, load_tokenizer, read_documents, split_documents
 from nestlearn.training.loop import TrainingDiverged, build_model, evaluate, learning_rate, train
 from nestlearn.training.plots import plot_losses, read_log
+from nestlearn.training.record import RunLog
 
 STEPS = 9
 
@@ -125,6 +126,29 @@ def test_the_first_loss_is_the_mean_over_all_valid_targets_of_the_step(text, tmp
     assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
+def test_a_line_of_the_log_is_the_mean_over_its_own_steps(text, tmp_path, whole):
+    train(make_run(text, log_every=1, eval_every=0), tmp_path / "run")
+    each = [row["loss"] for row in losses(tmp_path / "run") if row["event"] == "train"]
+    found = [row["loss"] for row in losses(whole) if row["event"] == "train"]
+    expected = [sum(each[i : i + 2]) / len(each[i : i + 2]) for i in range(0, STEPS, 2)]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_log_goes_on_without_what_a_lost_session_wrote(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with RunLog(path, step=0) as log:
+        for step in (2, 3, 4):
+            assert log.write({"event": "train", "step": step, "loss": 1.0})
+    with open(path, "a") as file:
+        file.write('{"event": "train", "st')  # a line that was being written
+    with RunLog(path, step=3) as log:
+        assert [row["step"] for row in read_log(path)] == [2, 3]
+        assert not log.write({"event": "train", "step": 3, "loss": 2.0})
+        assert log.write({"event": "eval", "step": 3, "loss": 2.0})
+        assert log.write({"event": "train", "step": 4, "loss": 2.0})
+    assert [row["loss"] for row in read_log(path)] == [1.0, 1.0, 2.0, 2.0]
+
+
 def test_gradient_accumulation_does_not_change_what_is_computed(text, tmp_path):
     for parts in (1, 4):
         train(make_run(text, precision="fp64", accumulate=parts), tmp_path / f"run{parts}")
@@ -166,8 +190,6 @@ def test_a_killed_run_goes_on_to_bitwise_the_same_losses(text, tmp_path, whole, 
     folder = tmp_path / "killed"
     with pytest.raises(Killed):
         train(make_run(text), folder, on_event=kill)
-    with open(folder / "log.jsonl", "a") as log:
-        log.write('{"event": "train", "st')  # a line that was being written
     assert train(make_run(text), folder, resume=True).step == STEPS
     assert_same_run(folder, whole)
     assert [s["from_step"] for s in json.loads((folder / "run.json").read_text())["sessions"]] == [
@@ -191,7 +213,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(text, tmp_path, 
     assert load_checkpoint(result.checkpoint).step == result.step
     said = capfd.readouterr().err
     assert "finishing this step" in said
-    assert f"nestlearn train --resume {folder}" in said
+    assert f"nestlearn train --out {folder} --resume" in said
     assert signal.getsignal(number) is before
     assert not train(make_run(text), folder, resume=True).interrupted
     rows = {p.name for p in list_checkpoints(folder)}

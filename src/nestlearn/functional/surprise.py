@@ -46,6 +46,7 @@ def mlp_surprise(
     *,
     residual: bool = True,
     bound: float | None = None,
+    scale: float | Tensor = 1.0,
 ) -> MLPSurprise:
     """Surprise of the 2-layer memory M(k) = [k +] W1 silu(W2 k) (Eq. 89).
 
@@ -56,17 +57,25 @@ def mlp_surprise(
         targets: (..., T, V).
         residual: whether the input is added to the output (needs K = V).
         bound: norm to which the error, and its image at the inner map, is scaled down; None for no bound.
+        scale: the fraction of the error that is to be written, as if the loss were multiplied by it.
     """
     z = keys @ inner.mT
     read = F.silu(z) @ outer.mT
-    return mlp_error_surprise(outer, keys, z, F.silu(z), (keys + read if residual else read) - targets, bound=bound)
+    return mlp_error_surprise(outer, keys, z, F.silu(z), (keys + read if residual else read) - targets, bound=bound, scale=scale)
 
 
 def mlp_error_surprise(
-    outer: Tensor, keys: Tensor, z: Tensor, hidden: Tensor, error: Tensor, *, bound: float | None
+    outer: Tensor,
+    keys: Tensor,
+    z: Tensor,
+    hidden: Tensor,
+    error: Tensor,
+    *,
+    bound: float | None,
+    scale: float | Tensor = 1.0,
 ) -> MLPSurprise:
     """As `mlp_surprise`, from what is known already: z = W2 k, hidden = silu(z) and the error M(k) - target."""
-    value = -clip_norm(error, bound)
+    value = -scale * clip_norm(error, bound)
     image = clip_norm((value @ outer) * silu_slope(z, hidden), bound)
     return MLPSurprise(Surprise(keys, image), Surprise(hidden, value))
 

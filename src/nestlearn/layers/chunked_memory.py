@@ -181,8 +181,8 @@ class ChunkedMemoryLayer(nn.Module):
         streams: what the layer reads from x.
         memory: the M memories; the last one is the main memory.
         readout: what follows the heads.
-        inner_rule, momentum, read, retain_to, chunk_size, projection_chunk_size, write_bound, detach_every: as in
-            `SelfModifyingTitans`.
+        inner_rule, momentum, read, retain_to, chunk_size, projection_chunk_size, write_scale, write_bound,
+        detach_every: as in `SelfModifyingTitans`.
     """
 
     def __init__(
@@ -198,6 +198,7 @@ class ChunkedMemoryLayer(nn.Module):
         retain_to: RetainTo,
         chunk_size: int,
         projection_chunk_size: int,
+        write_scale: float,
         write_bound: float | None,
         detach_every: int | None,
     ) -> None:
@@ -213,6 +214,8 @@ class ChunkedMemoryLayer(nn.Module):
             )
         if write_bound is not None and write_bound <= 0:
             raise ValueError(f"write_bound: expected a positive norm, or None for no bound; got {write_bound}")
+        if write_scale <= 0:
+            raise ValueError(f"write_scale: expected a positive fraction of the error, got {write_scale}")
         if detach_every is not None and detach_every < 1:
             raise ValueError(f"detach_every: expected at least 1 chunk, or None for never; got {detach_every}")
         self.heads = heads
@@ -225,6 +228,7 @@ class ChunkedMemoryLayer(nn.Module):
         self.retain_to: RetainTo = retain_to
         self.chunk_size = chunk_size
         self.projection_chunk_size = projection_chunk_size
+        self.write_scale = write_scale
         self.write_bound = write_bound
         self.detach_every = detach_every
         self.activation_checkpointing = False
@@ -284,6 +288,17 @@ class ChunkedMemoryLayer(nn.Module):
             o = timeline.collect(torch.cat(outputs, dim=1)) if outputs else torch.zeros_like(x)
         y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
         return y, {"position": timeline.position, "convolution": tail, **memory.named()}
+
+    def _scale(self, like: Tensor) -> float | Tensor:
+        """The fraction of its errors that each memory writes.
+
+        "gd" erases nothing, so a chunk's writes add up against one snapshot: it takes their mean, as mini-batch
+        gradient descent does, or a chunk of similar keys would overshoot.
+        """
+        if self.inner_rule != "gd":
+            return self.write_scale
+        sizes = [self.projection_chunk_size] * (self.memory.inner.shape[1] - 1) + [self.chunk_size]
+        return self.write_scale / like.new_tensor(sizes)[:, None, None]
 
     def _fresh(self, batch_size: int) -> MemoryState:
         return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)

@@ -119,7 +119,12 @@ def specify_reads(
             # Eq. 85: inner loss 1/2 |M(k) - target|^2, its gradient at the output of each linear map.
             hidden_input = apply(xi[name].inner, k)
             hidden = F.silu(hidden_input)
-            error, image = surprises(xi[name].outer, hidden_input, k if residual else 0.0, target, layer.write_bound)
+            # (20) Written by a fraction; where nothing is erased, by that fraction of the mean over a chunk.
+            fraction = layer.write_scale
+            if layer.inner_rule == "gd":
+                fraction /= layer.chunk_size if name == "memory" else layer.projection_chunk_size
+            carried = k if residual else 0.0
+            error, image = surprises(xi[name].outer, hidden_input, carried, target, layer.write_bound, fraction)
 
             # Eq. 88, 90, (3): each linear map, with its own input as the key.
             maps, moments = [], []
@@ -173,12 +178,12 @@ def readout(layer: SelfModifyingTitans, outputs: list[Tensor], x: Tensor) -> Ten
 
 
 def surprises(
-    outer: Tensor, hidden_input: Tensor, residual: Tensor | float, target: Tensor, bound: float | None
+    outer: Tensor, hidden_input: Tensor, residual: Tensor | float, target: Tensor, bound: float | None, fraction: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of 1/2 |M(k) - target|^2 at the output of W1 and, through it, at the output of W2, by autograd.
 
-    The target is a constant for them, yet they stay differentiable in everything, the target too. (5) The first is
-    bounded before it goes back through W1, the second after it.
+    The target is a constant for them, yet they stay differentiable in everything, the target too. (5, 20) The first
+    is bounded and taken by its fraction before it goes back through W1, the second is bounded after that.
     """
     outer_loop = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -187,7 +192,7 @@ def surprises(
         read = residual + apply(outer, F.silu(hidden_input))
         loss = (read - target).square().sum() / 2
         (error,) = torch.autograd.grad(loss, read, create_graph=outer_loop, retain_graph=True)
-        error = bounded(error, bound)
+        error = fraction * bounded(error, bound)
         (image,) = torch.autograd.grad(read, hidden_input, error, create_graph=outer_loop)
         return error, bounded(image, bound)
 

@@ -56,6 +56,9 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         negative_eigenvalues: lets an erasure overshoot, which state tracking needs (decision 4).
         adaptive_query: makes q a memory too.
         residual_memory: gives the main memory the residual of Eq. 89 too.
+        write_scale: the fraction of its error that a memory writes; under "gd" of the chunk's mean error. Errors come
+            from the snapshot and targets from the memory itself, so a chunk that writes them whole overshoots: below
+            1/2 under "dgd" each chunk is a contraction (decision 20).
         write_bound: largest norm of a written error, and of its image at the inner map; None for no bound.
         memory_hidden: hidden width of the memories; None for the head's width.
         initial_gate: write gate s at initialisation, in (0, 1).
@@ -81,6 +84,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         negative_eigenvalues: bool = False,
         adaptive_query: bool = False,
         residual_memory: bool = False,
+        write_scale: float = 0.25,
         write_bound: float | None = 4.0,
         memory_hidden: int | None = None,
         initial_gate: float = 0.5,
@@ -101,6 +105,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             retain_to=retain_to,
             chunk_size=chunk_size,
             projection_chunk_size=chunk_size if projection_chunk_size is None else projection_chunk_size,
+            write_scale=write_scale,
             write_bound=write_bound,
             detach_every=detach_every,
         )
@@ -159,6 +164,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             rule=self.inner_rule,
             negative_eigenvalues=self.negative_eigenvalues,
             bound=self.write_bound,
+            scale=self._scale(keys),
         )
         out = read_main(chunk, base, state, keys, queries, gates, self.read)
         if self.residual_memory:

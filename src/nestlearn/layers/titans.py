@@ -46,6 +46,7 @@ class Titans(ChunkedMemoryLayer):
         read: Read = "token",
         chunk_size: int = 64,
         retain_to: RetainTo = "initial",
+        write_scale: float = 1.0,
         write_bound: float | None = 4.0,
         memory_hidden: int | None = None,
         initial_gate: float = 0.5,
@@ -64,6 +65,7 @@ class Titans(ChunkedMemoryLayer):
             retain_to=retain_to,
             chunk_size=chunk_size,
             projection_chunk_size=chunk_size,
+            write_scale=write_scale,
             write_bound=write_bound,
             detach_every=detach_every,
         )
@@ -106,6 +108,7 @@ class Titans(ChunkedMemoryLayer):
             gates,
             rule=self.inner_rule,
             bound=self.write_bound,
+            scale=self._scale(keys),
         )
         out = read_main(chunk, base, state, keys, queries, gates, self.read)
         return out, self._after(state, chunk, segment)

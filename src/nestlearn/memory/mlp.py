@@ -60,8 +60,7 @@ class MLPMemory(nn.Module):
     def __init__(self, heads: int, dim: int, *, memories: int = 1, hidden: int | None = None) -> None:
         super().__init__()
         hidden = dim if hidden is None else hidden
-        # Keys have norm 1: with entries of variance 1 the hidden features leave the linear part of silu.
-        self.inner = nn.Parameter(torch.randn(heads, memories, hidden, dim))
+        self.inner = nn.Parameter(torch.randn(heads, memories, hidden, dim) * dim**-0.5)
         self.outer = nn.Parameter(torch.zeros(heads, memories, dim, hidden))
         for parameter in (self.inner, self.outer):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
@@ -165,6 +164,7 @@ def write_mlp_chunk(
     rule: InnerRule,
     negative_eigenvalues: bool = False,
     bound: float | None = None,
+    scale: float | Tensor = 1.0,
 ) -> MLPChunk:
     """Writes a chunk of tokens into M memories (Eq. 88, 90). B rows, H heads, C tokens.
 
@@ -178,9 +178,9 @@ def write_mlp_chunk(
         error: M(k) - target at the snapshot (B, H, M, C, V).
         gates: of the chunk.
         rule, negative_eigenvalues: see `write_strengths`.
-        bound: see `mlp_surprise`.
+        bound, scale: see `mlp_surprise`; a scale for each memory is (M, 1, 1).
     """
-    surprise = mlp_error_surprise(outer_at_snapshot, keys, z, F.silu(z), error, bound=bound)
+    surprise = mlp_error_surprise(outer_at_snapshot, keys, z, F.silu(z), error, bound=bound, scale=scale)
     hidden, value = surprise.outer
     relative = rule == "delta"
 

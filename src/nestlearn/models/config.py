@@ -50,7 +50,7 @@ class HopeConfig:
         chunk_size: tokens between snapshots of the main memory.
         projection_chunk_size: the same for the projections' memories; None for chunk_size.
         inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, residual_memory,
-        write_bound, memory_hidden, initial_gate, detach_every: see `nestlearn.layers.SelfModifyingTitans`; Titans
+        write_scale, write_bound, memory_hidden, initial_gate, detach_every: see `nestlearn.layers.SelfModifyingTitans`; Titans
             takes read, retain_to, write_bound, memory_hidden, initial_gate and detach_every.
 
     Raises:
@@ -77,6 +77,7 @@ class HopeConfig:
     negative_eigenvalues: bool = False
     adaptive_query: bool = False
     residual_memory: bool = False
+    write_scale: float = 0.25
     write_bound: float | None = 4.0
     memory_hidden: int | None = None
     initial_gate: float = 0.5
@@ -118,6 +119,8 @@ class HopeConfig:
             )
         if not 0 < self.initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")
+        if self.write_scale <= 0:
+            raise ValueError(f"write_scale: expected a positive fraction of the error, got {self.write_scale}")
         if self.write_bound is not None and self.write_bound <= 0:
             raise ValueError(f"write_bound: expected a positive norm, or None for no bound; got {self.write_bound}")
 
@@ -142,6 +145,7 @@ class HopeConfig:
             "read": "chunk",
             "retain_to": "zero",
             "residual_memory": True,
+            "write_scale": 1.0,
             "write_bound": None,
         }
         return cls(**{**literal, **overrides})

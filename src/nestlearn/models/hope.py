@@ -254,6 +254,7 @@ def build_mixer(config: HopeConfig) -> nn.Module:
         "negative_eigenvalues",
         "adaptive_query",
         "residual_memory",
+        "write_scale",
     )
     return SelfModifyingTitans(dim, heads, **chunked, **{name: getattr(config, name) for name in own})
 

@@ -7,6 +7,7 @@ processes, not the mean of their means.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -56,9 +57,9 @@ class Processes:
 
 @contextlib.contextmanager
 def join_processes(device: str = "auto") -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started, over NCCL on CUDA and gloo elsewhere; leave them at the end.
+    """Join the processes that ``torchrun`` started, over NCCL on CUDA and gloo elsewhere, until this one ends.
 
-    Without ``torchrun`` there is this process alone. A process group that exists already is used and left alone.
+    Without ``torchrun`` there is this process alone. A process group that exists already is used.
 
     Args:
         device: ``"auto"``, or a torch device. ``"auto"`` and ``"cuda"`` give each process of a machine its own GPU.
@@ -76,11 +77,10 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
     if world_size == 1:
         yield Processes(device=chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
-    try:
-        yield Processes(rank=rank, world_size=world_size, device=chosen)
-    finally:
-        dist.destroy_process_group()
+    # The group stays until the process ends: a second one would meet the first one's addresses in torchrun's store.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+    atexit.register(_leave)
+    yield Processes(rank=rank, world_size=world_size, device=chosen)
 
 
 def data_parallel(module: nn.Module, processes: Processes, *, find_unused: bool = False) -> nn.Module:
@@ -108,6 +108,11 @@ def synchronised(module: nn.Module, last: bool) -> AbstractContextManager[object
     if last or not isinstance(module, DistributedDataParallel):
         return contextlib.nullcontext()
     return module.no_sync()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _choose_device(name: str, local_rank: int) -> torch.device:

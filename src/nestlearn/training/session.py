@@ -301,7 +301,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 def resume_command(folder: str | os.PathLike[str]) -> str:
     """What to type to go on with the run in `folder`."""
-    return f"go on with: nestlearn train --resume {folder}"
+    return f"go on with: nestlearn train --out {folder} --resume"
 
 
 def _seed(seed: int, step: int, rank: int) -> None:

@@ -1,0 +1,41 @@
+"""The commands under one name, and what they share: errors that teach, where to print, how to find a model."""
+
+from __future__ import annotations
+
+import typer
+
+from nestlearn.cli import benchmarking, demonstration, generation, inspection, learning
+from nestlearn.cli.shared import show_version
+
+app = typer.Typer(
+    name="nestlearn",
+    help="Nested Learning: language models whose parts learn at several speeds. "
+    "Begin with [bold]nestlearn demo[/], or train on a text of your own with [bold]nestlearn train[/].",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _everything(
+    version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+app.command("demo")(demonstration.demo)
+app.command("train")(learning.train)
+app.command("eval")(learning.evaluate)
+app.command("generate")(generation.generate)
+app.command("inspect")(inspection.inspect)
+bench = typer.Typer(help="Measure speed. Run it on a quiet machine.", no_args_is_help=True)
+bench.command("train")(benchmarking.bench_train)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app()
