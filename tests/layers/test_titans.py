@@ -45,10 +45,11 @@ def specify(layer: Titans, x: Tensor, state: State) -> tuple[Tensor, State]:
         (error,) = torch.autograd.grad(loss, read, create_graph=True)
         if layer.write_bound is not None:
             error = error * (layer.write_bound / error.norm(dim=-1, keepdim=True).clamp_min(layer.write_bound))
-        error = error * layer.write_scale / (layer.chunk_size if layer.inner_rule == "gd" else 1)
         (image,) = torch.autograd.grad(read, z, error, create_graph=True)
         if layer.write_bound is not None:
             image = image * (layer.write_bound / image.norm(dim=-1, keepdim=True).clamp_min(layer.write_bound))
+        fraction = layer.write_scale / (layer.chunk_size if layer.inner_rule == "gd" else 1)
+        error, image = fraction * error, fraction * image
 
         before = dict(running)
         for name, key, written in (("inner", k, image), ("outer", F.silu(z), error)):

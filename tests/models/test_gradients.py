@@ -71,7 +71,7 @@ def finite_difference(model: HopeLM, parameter: Tensor, index: int, direction: T
     found = []
     with torch.no_grad():
         original = parameter[:, index].clone()
-        for step in (4e-5, 2e-5):  # RMSNorm is strongly curved near zero, where a fresh memory reads
+        for step in (4e-6, 2e-6):  # RMSNorm is strongly curved near zero, where a fresh memory reads
             losses = []
             for sign in (1.0, -1.0):
                 parameter[:, index] = original + sign * step * direction
@@ -121,10 +121,7 @@ GROWTH_CASES = [
 @pytest.mark.parametrize("settings", GROWTH_CASES)
 def test_the_gradient_does_not_grow_with_length(settings: dict[str, Any], text: Tensor) -> None:
     config = HopeConfig(dim=32, depth=2, heads=2, **settings)
-    short, long = (
-        outer_gradient(config, text[: length + 1], dtype=torch.float32, recompute=length > 2048)
-        for length in (128, 8192)
-    )
+    short, long = (outer_gradient(config, text[: length + 1], dtype=torch.float32) for length in (128, 8192))
     assert math.isfinite(long.norm)
     assert long.norm <= LARGEST_GROWTH * short.norm, f"{short.norm:.3g} at T=128, {long.norm:.3g} at T=8192"
     # And it does not vanish: the memories' initial states still hear of the loss.

@@ -58,7 +58,7 @@ def test_two_processes_equal_one(tmp_path):
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     said = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]

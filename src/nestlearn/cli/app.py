@@ -38,4 +38,4 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """The entry point of the command."""
-    app()
+    app(prog_name="nestlearn")

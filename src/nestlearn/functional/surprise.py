@@ -21,7 +21,7 @@ class Surprise(NamedTuple):
 
 
 class MLPSurprise(NamedTuple):
-    """The surprises of W2 (the inner map, key = the memory's input) and of W1 (the outer map, key = hidden features)."""
+    """The surprises of W2 (inner map, key = the memory's input) and of W1 (outer map, key = the hidden features)."""
 
     inner: Surprise
     outer: Surprise
@@ -57,7 +57,7 @@ def mlp_surprise(
         targets: (..., T, V).
         residual: whether the input is added to the output (needs K = V).
         bound: norm to which the error, and its image at the inner map, is scaled down; None for no bound.
-        scale: the fraction of the error that is to be written, as if the loss were multiplied by it.
+        scale: the fraction of the bounded errors that is written, as if the loss were multiplied by it.
     """
     z = keys @ inner.mT
     read = F.silu(z) @ outer.mT
@@ -75,9 +75,9 @@ def mlp_error_surprise(
     scale: float | Tensor = 1.0,
 ) -> MLPSurprise:
     """As `mlp_surprise`, from what is known already: z = W2 k, hidden = silu(z) and the error M(k) - target."""
-    value = -scale * clip_norm(error, bound)
+    value = -clip_norm(error, bound)
     image = clip_norm((value @ outer) * silu_slope(z, hidden), bound)
-    return MLPSurprise(Surprise(keys, image), Surprise(hidden, value))
+    return MLPSurprise(Surprise(keys, scale * image), Surprise(hidden, scale * value))
 
 
 def silu_slope(z: Tensor, activated: Tensor) -> Tensor:

@@ -79,9 +79,10 @@ def base_weights(memory: MLPMemory, retain_to: RetainTo) -> MLPWeights | None:
 
 def fresh_state(memory: MLPMemory, batch_size: int, *, retain_to: RetainTo, momentum: bool) -> MemoryState:
     """The state before the first token: no change yet (decay to M_0), or M_0 itself (decay to zero)."""
-    changing = MLPWeights(*(w.expand(batch_size, *w.shape) for w in memory.initial))
+    initial = memory.initial
     if retain_to == "initial":
-        changing = changing.zeros_like()
+        initial = initial.zeros_like()
+    changing = MLPWeights(*(w.expand(batch_size, *w.shape).clone() for w in initial))
     return MemoryState(changing, changing, changing.zeros_like() if momentum else None)
 
 

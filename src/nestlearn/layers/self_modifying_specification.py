@@ -183,7 +183,7 @@ def surprises(
     """Gradients of 1/2 |M(k) - target|^2 at the output of W1 and, through it, at the output of W2, by autograd.
 
     The target is a constant for them, yet they stay differentiable in everything, the target too. (5, 20) The first
-    is bounded and taken by its fraction before it goes back through W1, the second is bounded after that.
+    is bounded before it goes back through W1, the second after that; then each is taken by its fraction.
     """
     outer_loop = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -192,9 +192,9 @@ def surprises(
         read = residual + apply(outer, F.silu(hidden_input))
         loss = (read - target).square().sum() / 2
         (error,) = torch.autograd.grad(loss, read, create_graph=outer_loop, retain_graph=True)
-        error = fraction * bounded(error, bound)
+        error = bounded(error, bound)
         (image,) = torch.autograd.grad(read, hidden_input, error, create_graph=outer_loop)
-        return error, bounded(image, bound)
+        return fraction * error, fraction * bounded(image, bound)
 
 
 def strengths(layer: SelfModifyingTitans, gate: Tensor, alpha: Tensor, squared_norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,8 @@ class MLPWeights(NamedTuple):
 class MLPMemory(nn.Module):
     """M two-layer memories for each of H heads. The parameters are the initial state, learnt across contexts (Eq. 28).
 
-    W1 starts at zero and W2 at random, so that a residual memory starts as the identity.
+    W1 starts at zero, so that a residual memory starts as the identity, and W2 at twice a random orthogonal matrix:
+    near zero silu halves its input, so the hidden features of a unit key start with its norm and its angles.
 
     Args:
         heads: H.
@@ -60,7 +61,9 @@ class MLPMemory(nn.Module):
     def __init__(self, heads: int, dim: int, *, memories: int = 1, hidden: int | None = None) -> None:
         super().__init__()
         hidden = dim if hidden is None else hidden
-        self.inner = nn.Parameter(torch.randn(heads, memories, hidden, dim) * dim**-0.5)
+        self.inner = nn.Parameter(torch.empty(heads, memories, hidden, dim))
+        for weight in self.inner.detach().flatten(0, 1):
+            nn.init.orthogonal_(weight, gain=2.0)
         self.outer = nn.Parameter(torch.zeros(heads, memories, dim, hidden))
         for parameter in (self.inner, self.outer):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]

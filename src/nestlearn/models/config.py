@@ -99,6 +99,10 @@ class HopeConfig:
                 f"rotary positions need an even head width, got dim {self.dim} / heads {self.heads} = "
                 f"{self.dim // self.heads}; choose heads so that dim / heads is even"
             )
+        for name in ("projection_chunk_size", "memory_hidden", "detach_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a whole number of at least 1, or None; got {value!r}")
         for name, choices in (
             ("mixer", Mixer),
             ("cms_variant", Variant),
