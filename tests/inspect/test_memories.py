@@ -58,6 +58,8 @@ def test_gates_and_errors_explain_what_the_layer_writes(settings: dict) -> None:
     mixer = model.blocks[0].mixer
     x = model.blocks[0].norm(model.embedding(TOKENS[None, :6]))
     retain = torch.exp2(-1 / record.half_life[0])  # (H, T)
+    projections = len(record.names) - 1
+    scale = torch.tensor([mixer.projection_write_scale] * projections + [mixer.write_scale], dtype=torch.float64)
     state = mixer.init_state(1)
     for t in range(6):
         before = state
@@ -68,7 +70,7 @@ def test_gates_and_errors_explain_what_the_layer_writes(settings: dict) -> None:
         hidden = torch.nn.functional.silu(keys @ (before["inner"][0] + base.inner).mT)[..., 0, :]
         s = record.write[0, :, t, None]
         squared = hidden.square().sum(-1)
-        write = mixer.write_scale * s / (1 - s + s * squared)
+        write = scale * s / (1 - s + s * squared)
         expected = write * record.error[0, :, :, t] * squared.sqrt()
         torch.testing.assert_close(written.flatten(-2).norm(dim=-1), expected, rtol=1e-8, atol=1e-10)
 

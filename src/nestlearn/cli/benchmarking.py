@@ -67,11 +67,11 @@ def benchmark_table(report: dict[str, Any]) -> Table:
     table = Table(
         title=f"Training step: width {settings['dim']}, {settings['depth']} blocks, {settings['heads']} heads, batch "
         f"{settings['batch']}, fp32, {environment['device']}, {environment['threads']} threads, medians of "
-        f"{settings['alternations']} turns",
+        f"{settings['alternations']} turns; ratio: time over the Transformer's",
         title_justify="left",
     )
-    table.add_column("model")
-    for column in ("T", "ms", "tokens/s", "x Transformer", "(range)", "GFLOP/s", "parameters"):
+    table.add_column("model", no_wrap=True, min_width=max(len(row["model"]) for row in report["rows"]))
+    for column in ("T", "ms", "tokens/s", "ratio", "(range)", "GFLOP/s", "parameters"):
         table.add_column(column, justify="right")
     rows = report["rows"]
     for row, following in zip(rows, [*rows[1:], None], strict=True):

@@ -14,10 +14,10 @@ from nestlearn.cli.generation import continue_text
 from nestlearn.cli.inspection import first_tokens, has_memories
 from nestlearn.cli.shared import open_model, output, refuse, say, teaching, text_source
 from nestlearn.evaluation.compression import Compression, xz_bits_per_byte
-from nestlearn.evaluation.matching import match_parameters
+from nestlearn.evaluation.matching import count_parameters, match_parameters
 from nestlearn.inspect import describe_memories, levels_table, plot_levels, plot_memories
 from nestlearn.io import atomic_write_json
-from nestlearn.models import HopeConfig, HopeLM
+from nestlearn.models import HopeConfig
 from nestlearn.models.generation import Sampling
 from nestlearn.training.config import DataConfig, RunConfig, TrainingConfig
 from nestlearn.training.data import (
@@ -27,28 +27,30 @@ from nestlearn.training.data import (
     read_documents,
     split_documents,
 )
-from nestlearn.training.loop import TrainingResult, train
+from nestlearn.training.loop import TrainingResult, build_model, train
 from nestlearn.training.plots import plot_losses
 from nestlearn.training.progress import duration
 
 PROMPT = 'def read_lines(path):\n    """'
+CONTINUATION = 400  # tokens
+LOOK = 1024  # tokens of held-out text that the picture of the memories shows
 
 
-def demo_run(text: str = "stdlib", *, steps: int = 500, seed: int = 0, threads: int = 0) -> RunConfig:
+def demo_run(text: str = "stdlib", *, steps: int = 896, seed: int = 0, threads: int = 0) -> RunConfig:
     """The run of the demo, the same as configs/demo.toml. Its size is a number of tokens, not a time, so that it
     learns the same on every machine: about four minutes on two cores, and at most ten on slow ones."""
     return RunConfig(
-        model={"preset": "tiny"},
+        model={"preset": "tiny", "depth": 2},
         data=DataConfig(text=text),
         training=TrainingConfig(
             steps=steps,
-            batch_size=8,
+            batch_size=4,
             sequence_length=256,
             lr=3e-3,
-            warmup=50,
-            eval_every=100,
+            warmup=60,
+            eval_every=224,
             eval_tokens=65_536,
-            checkpoint_every=100,
+            checkpoint_every=224,
             seed=seed,
             threads=threads,
         ),
@@ -74,10 +76,7 @@ def demo(
     if (out / "config.toml").exists():
         refuse(f"{out} already holds a run of 'nestlearn train'; give another --out")
     hope = demo_run(text_source(text), steps=steps, seed=seed, threads=threads)
-    config = HopeConfig.preset("tiny")
-    size = HopeLM(config).num_parameters()
-    same_shape = HopeConfig.transformer(dim=config.dim, depth=config.depth, heads=config.heads)
-    transformer = dataclasses.replace(hope, model=match_parameters(same_shape, size).to_dict())
+    transformer, size = same_size_transformer(hope)
 
     sides = _read(hope)
     _announce(hope, sides, size)
@@ -97,9 +96,9 @@ def demo(
         "compressed of them so far."
     )
     opened = open_model(out / "hope")
-    console.print("\n[bold]Hope continues a prompt[/] (the prompt is underlined where the terminal can):\n")
+    console.print("\n[bold]Hope continues a prompt[/]\n")
     _show_prompt(prompt)
-    continuation = continue_text(opened, prompt, 400, Sampling(temperature=0.7), show=True)
+    continuation = continue_text(opened, prompt, CONTINUATION, Sampling(temperature=0.7), show=True)
     console.print("\n")
     for table in levels_table(opened.model):
         console.print(table)
@@ -114,7 +113,7 @@ def demo(
     plot_levels(opened.model, pictures["picture of the levels"], title="The levels of the demo's Hope")
     if has_memories(opened.model):
         pictures["picture of the memories"] = out / "memories.png"
-        record = describe_memories(opened.model, first_tokens(opened, "".join(sides[1]), 1024))
+        record = describe_memories(opened.model, first_tokens(opened, "".join(sides[1]), LOOK))
         plot_memories(record, pictures["picture of the memories"], title="Its memories while it reads held-out text")
     checkpoint = results["Hope"].checkpoint
     atomic_write_json(out / "report.json", _report(hope, results, xz, prompt, continuation))
@@ -122,6 +121,14 @@ def demo(
     for name, path in {**pictures, "checkpoint": checkpoint, "all numbers": out / "report.json"}.items():
         console.print(f"{name:24}{path}", markup=False, soft_wrap=True)
     console.print(f'{"next":24}nestlearn generate {out / "hope"} --prompt "class "', markup=False, soft_wrap=True)
+
+
+def same_size_transformer(run: RunConfig) -> tuple[RunConfig, int]:
+    """The run of a Transformer of the same width, depth and number of parameters; and that number of Hope."""
+    config: HopeConfig = build_model(run.model, ByteTokenizer.vocab_size).config  # type: ignore[assignment]
+    size = count_parameters(config)
+    same_shape = HopeConfig.transformer(dim=config.dim, depth=config.depth, heads=config.heads)
+    return dataclasses.replace(run, model=match_parameters(same_shape, size).to_dict()), size
 
 
 def compress_same_text(run: RunConfig, sides: tuple[list[str], list[str]]) -> Compression:
@@ -166,14 +173,20 @@ def _announce(run: RunConfig, sides: tuple[list[str], list[str]], size: int) -> 
         f"Learning from {source}: {len(sides[0]):,} documents with {megabytes[0]:.1f} MB to train on, "
         f"{len(sides[1]):,} with {megabytes[1]:.1f} MB held out.\n"
         f"Two models of {size:,} parameters read the same {config.steps * config.tokens_per_step:,} bytes of it, "
-        f"{config.steps:,} steps of {config.batch_size} x {config.sequence_length}. Ctrl-C saves; "
-        "the same command goes on."
+        f"{config.steps:,} steps of {config.batch_size} x {config.sequence_length}, and xz is primed with them. "
+        "Ctrl-C saves; the same command goes on."
     )
 
 
 def _train(name: str, run: RunConfig, folder: Path) -> TrainingResult:
     say(f"\n{name}")
-    result = train(run, folder, resume=(folder / "config.toml").exists())
+    begun = (folder / "config.toml").exists()
+    try:
+        result = train(run, folder, resume=begun)
+    except ValueError as error:
+        if begun:
+            raise ValueError(f"{error}. For a new demo give another --out, or remove {folder.parent}") from error
+        raise
     if result.interrupted:
         say("The demo was stopped; the same command goes on with it.")
         raise typer.Exit(130)

@@ -61,7 +61,9 @@ def mlp_surprise(
     """
     z = keys @ inner.mT
     read = F.silu(z) @ outer.mT
-    return mlp_error_surprise(outer, keys, z, F.silu(z), (keys + read if residual else read) - targets, bound=bound, scale=scale)
+    return mlp_error_surprise(
+        outer, keys, z, F.silu(z), (keys + read if residual else read) - targets, bound=bound, scale=scale
+    )
 
 
 def mlp_error_surprise(

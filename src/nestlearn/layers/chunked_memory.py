@@ -163,6 +163,17 @@ def spread_retention(heads: int, shortest: float = 64.0, longest: float = 16384.
     return torch.logit(retain.double()).to(torch.get_default_dtype())
 
 
+def check_scales(write_scale: float | None, projection_write_scale: float | None) -> None:
+    """Refuses fractions that are not positive.
+
+    Raises:
+        ValueError: naming the one that is off.
+    """
+    for name, value in (("write_scale", write_scale), ("projection_write_scale", projection_write_scale)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}: expected a positive fraction of the error, got {value}")
+
+
 def check_choice(name: str, value: str, choices: object) -> None:
     """Refuses a value that is none of a Literal's.
 
@@ -182,8 +193,8 @@ class ChunkedMemoryLayer(nn.Module):
         streams: what the layer reads from x.
         memory: the M memories; the last one is the main memory.
         readout: what follows the heads.
-        inner_rule, momentum, read, retain_to, chunk_size, projection_chunk_size, write_scale, write_bound,
-        detach_every: as in `SelfModifyingTitans`.
+        inner_rule, momentum, read, retain_to, chunk_size, projection_chunk_size, write_scale,
+        projection_write_scale, write_bound, detach_every: as in `SelfModifyingTitans`.
     """
 
     def __init__(
@@ -200,6 +211,7 @@ class ChunkedMemoryLayer(nn.Module):
         chunk_size: int,
         projection_chunk_size: int,
         write_scale: float,
+        projection_write_scale: float,
         write_bound: float | None,
         detach_every: int | None,
     ) -> None:
@@ -215,8 +227,7 @@ class ChunkedMemoryLayer(nn.Module):
             )
         if write_bound is not None and write_bound <= 0:
             raise ValueError(f"write_bound: expected a positive norm, or None for no bound; got {write_bound}")
-        if write_scale <= 0:
-            raise ValueError(f"write_scale: expected a positive fraction of the error, got {write_scale}")
+        check_scales(write_scale, projection_write_scale)
         if detach_every is not None and detach_every < 1:
             raise ValueError(f"detach_every: expected at least 1 chunk, or None for never; got {detach_every}")
         self.heads = heads
@@ -230,6 +241,7 @@ class ChunkedMemoryLayer(nn.Module):
         self.chunk_size = chunk_size
         self.projection_chunk_size = projection_chunk_size
         self.write_scale = write_scale
+        self.projection_write_scale = projection_write_scale
         self.write_bound = write_bound
         self.detach_every = detach_every
         self.activation_checkpointing = False
@@ -274,11 +286,11 @@ class ChunkedMemoryLayer(nn.Module):
             inputs = timeline.spread(inputs).to(memory.running.inner.dtype)
             fresh = None
             outputs = []
-            for number, segment in enumerate(timeline.segments, start=1):
+            pieces = zip(timeline.segments, timeline.cut(inputs), strict=True)
+            for number, (segment, part) in enumerate(pieces, start=1):
                 if segment.reset is not None:
                     fresh = fresh or self._fresh(batch)
                     memory = memory.reset(segment.reset, fresh)
-                part = inputs[:, segment.start : segment.stop]
                 if self.activation_checkpointing and torch.is_grad_enabled():
                     out, memory = checkpoint(self._segment, part, memory, segment, use_reentrant=False)
                 else:
@@ -290,16 +302,17 @@ class ChunkedMemoryLayer(nn.Module):
         y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
         return y, {"position": timeline.position, "convolution": tail, **memory.named()}
 
-    def _scale(self, like: Tensor) -> float | Tensor:
-        """The fraction of its errors that each memory writes.
+    def _scale(self, like: Tensor) -> Tensor:
+        """The fraction of its errors that each memory writes, (M, 1, 1).
 
         "gd" erases nothing, so a chunk's writes add up against one snapshot: it takes their mean, as mini-batch
         gradient descent does, or a chunk of similar keys would overshoot.
         """
-        if self.inner_rule != "gd":
-            return self.write_scale
-        sizes = [self.projection_chunk_size] * (self.memory.inner.shape[1] - 1) + [self.chunk_size]
-        return self.write_scale / like.new_tensor(sizes)[:, None, None]
+        projection, main = self.projection_write_scale, self.write_scale
+        if self.inner_rule == "gd":
+            projection, main = projection / self.projection_chunk_size, main / self.chunk_size
+        scales = [projection] * (self.memory.inner.shape[1] - 1) + [main]
+        return torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
 
     def _fresh(self, batch_size: int) -> MemoryState:
         return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)

@@ -90,10 +90,9 @@ class MatrixMemoryLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             inputs = timeline.spread(inputs).to(memory.dtype)
             outputs = []
-            for segment in timeline.segments:
+            for segment, part in zip(timeline.segments, timeline.cut(inputs), strict=True):
                 if segment.reset is not None:
                     memory = torch.where(segment.reset[:, None, None, None], self.memory.init_state(batch), memory)
-                part = inputs[:, segment.start : segment.stop]
                 if self.activation_checkpointing and torch.is_grad_enabled():
                     out, memory = checkpoint(self._chunk, part, memory, segment.active, width, use_reentrant=False)
                 else:

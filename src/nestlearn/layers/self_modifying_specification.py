@@ -120,7 +120,7 @@ def specify_reads(
             hidden_input = apply(xi[name].inner, k)
             hidden = F.silu(hidden_input)
             # (20) Written by a fraction; where nothing is erased, by that fraction of the mean over a chunk.
-            fraction = layer.write_scale
+            fraction = layer.write_scale if name == "memory" else layer.projection_write_scale
             if layer.inner_rule == "gd":
                 fraction /= layer.chunk_size if name == "memory" else layer.projection_chunk_size
             carried = k if residual else 0.0

@@ -15,6 +15,7 @@ from nestlearn.layers.chunked_memory import (
     Read,
     RetainTo,
     base_weights,
+    check_choice,
     read_main,
     spread_retention,
     write_gates,
@@ -22,7 +23,7 @@ from nestlearn.layers.chunked_memory import (
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment
-from nestlearn.memory.mlp import InnerRule, MLPMemory, MLPWeights, read_mlp, write_mlp_chunk
+from nestlearn.memory.mlp import STABLE_SCALES, InnerRule, MLPMemory, MLPWeights, read_mlp, write_mlp_chunk
 
 
 class SelfModifyingTitans(ChunkedMemoryLayer):
@@ -56,9 +57,9 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         negative_eigenvalues: lets an erasure overshoot, which state tracking needs (decision 4).
         adaptive_query: makes q a memory too.
         residual_memory: gives the main memory the residual of Eq. 89 too.
-        write_scale: the fraction of its error that a memory writes; under "gd" of the chunk's mean error. Errors come
-            from the snapshot and targets from the memory itself, so a chunk that writes them whole overshoots: below
-            1/2 under "dgd" each chunk is a contraction (decision 20).
+        write_scale: the fraction of its error that the main memory writes, under "gd" of the chunk's mean error; None
+            for what keeps the inner rule stable (`nestlearn.memory.mlp.STABLE_SCALES`).
+        projection_write_scale: the same for the other memories.
         write_bound: largest norm of a written error, and of its image at the inner map; None for no bound.
         memory_hidden: hidden width of the memories; None for the head's width.
         initial_gate: write gate s at initialisation, in (0, 1).
@@ -84,7 +85,8 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         negative_eigenvalues: bool = False,
         adaptive_query: bool = False,
         residual_memory: bool = False,
-        write_scale: float = 0.25,
+        write_scale: float | None = None,
+        projection_write_scale: float | None = None,
         write_bound: float | None = 4.0,
         memory_hidden: int | None = None,
         initial_gate: float = 0.5,
@@ -93,6 +95,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
     ) -> None:
         if not 0 < initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {initial_gate}")
+        check_choice("inner_rule", inner_rule, InnerRule)
         head_dim = dim // heads
         super().__init__(
             heads=heads,
@@ -105,7 +108,10 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             retain_to=retain_to,
             chunk_size=chunk_size,
             projection_chunk_size=chunk_size if projection_chunk_size is None else projection_chunk_size,
-            write_scale=write_scale,
+            write_scale=STABLE_SCALES[inner_rule].main if write_scale is None else write_scale,
+            projection_write_scale=(
+                STABLE_SCALES[inner_rule].projections if projection_write_scale is None else projection_write_scale
+            ),
             write_bound=write_bound,
             detach_every=detach_every,
         )
@@ -145,11 +151,12 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         )
 
         # Eq. 84, 85: every memory's error against the target that it makes itself, for k and v in one product.
-        hidden = whole.inner.shape[-2]
+        width = whole.inner.shape[-2]
         both = torch.cat([keys, values], dim=2) @ whole.inner.flatten(2, 3).mT
-        z_k, z_v = both.unflatten(-1, (-1, hidden)).transpose(2, 3).chunk(2, dim=3)  # (B, H, M, C, hidden)
-        features = F.silu(z_k) - F.silu(z_v)
-        error = features @ whole.outer.mT + self._residual(keys, values)
+        z = both.unflatten(-1, (-1, width)).transpose(2, 3).contiguous()  # (B, H, M, 2 C, hidden)
+        z_k = z.chunk(2, dim=3)[0]
+        hidden_k, hidden_v = F.silu(z).chunk(2, dim=3)
+        error = (hidden_k - hidden_v) @ whole.outer.mT + self._residual(keys, values)
 
         # Eq. 88, 90.
         chunk = write_mlp_chunk(
@@ -159,6 +166,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             whole.outer,
             keys,
             z_k,
+            hidden_k,
             error,
             gates,
             rule=self.inner_rule,

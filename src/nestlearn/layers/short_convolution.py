@@ -126,8 +126,8 @@ def _taps_of(
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution of a few tokens, with its state.
 
-    weight (width, C): the last row meets the current token. It starts at 1 and the others near 0 (normal, 0.02), so
-    an untrained layer passes its input through.
+    weight (width, C): the last row meets the current token. All rows start uniform in +-1/sqrt(width), as in
+    torch.nn.Conv1d: from the beginning some channels see the token before, which recall needs.
 
     channels: C. width: tokens seen, the current one included; 1 is a scale per channel.
     """
@@ -145,8 +145,7 @@ class ShortConvolution(nn.Module):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            self.weight.normal_(std=0.02)
-            self.weight[-1].fill_(1.0)
+            self.weight.uniform_(-(self.width**-0.5), self.width**-0.5)
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

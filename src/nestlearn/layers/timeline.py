@@ -61,6 +61,10 @@ class Timeline:
         """Tokens (B, T, D) to places (B, places, D)."""
         return x if self.source is None else x.gather(1, self.source[..., None].expand(-1, -1, x.shape[-1]))
 
+    def cut(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Places (B, places, D) into one piece a segment. One operation, so that its backward pass is one too."""
+        return x.split([segment.stop - segment.start for segment in self.segments], dim=1)
+
     def collect(self, x: Tensor) -> Tensor:
         """Places (B, places, D) back to tokens (B, T, D)."""
         return x if self.places is None else x.gather(1, self.places[..., None].expand(-1, -1, x.shape[-1]))

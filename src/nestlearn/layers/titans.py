@@ -66,6 +66,7 @@ class Titans(ChunkedMemoryLayer):
             chunk_size=chunk_size,
             projection_chunk_size=chunk_size,
             write_scale=write_scale,
+            projection_write_scale=write_scale,
             write_bound=write_bound,
             detach_every=detach_every,
         )
@@ -96,7 +97,8 @@ class Titans(ChunkedMemoryLayer):
         base = base_weights(self.memory, self.retain_to)
         whole = state.snapshot.add(base)
         z = (keys @ whole.inner[:, :, 0].mT).unsqueeze(2)
-        error = F.silu(z) @ whole.outer.mT - values.unsqueeze(2)
+        hidden = F.silu(z)
+        error = hidden @ whole.outer.mT - values.unsqueeze(2)
         chunk = write_mlp_chunk(
             state.running,
             state.snapshot,
@@ -104,6 +106,7 @@ class Titans(ChunkedMemoryLayer):
             whole.outer,
             keys,
             z,
+            hidden,
             error,
             gates,
             rule=self.inner_rule,

@@ -19,6 +19,23 @@ from nestlearn.functional.surprise import mlp_error_surprise
 InnerRule = Literal["dgd", "gd", "delta"]
 
 
+class WriteScales(NamedTuple):
+    """The fraction of its error that a memory writes: the main memory, and the memories of the projections."""
+
+    main: float
+    projections: float
+
+
+# Errors come from a snapshot and targets from the memories themselves, so chunks that write their errors whole
+# overshoot, and gradients through many chunks explode. These are the largest that do not (decision 20). What "delta"
+# writes it never erases, so it must write less.
+STABLE_SCALES: dict[InnerRule, WriteScales] = {
+    "dgd": WriteScales(0.5, 0.1),
+    "gd": WriteScales(0.5, 0.1),
+    "delta": WriteScales(0.1, 0.1),
+}
+
+
 class MLPWeights(NamedTuple):
     """W2 and W1 of M memories, or something of their shape (a change of them, a momentum).
 
@@ -161,6 +178,7 @@ def write_mlp_chunk(
     outer_at_snapshot: Tensor,
     keys: Tensor,
     z: Tensor,
+    hidden: Tensor,
     error: Tensor,
     gates: WriteGates,
     *,
@@ -178,12 +196,13 @@ def write_mlp_chunk(
         outer_at_snapshot: the whole W1 at the snapshot, (B, H, M, V, hidden), through which the error goes back.
         keys: k (B, H, C, K), shared by all memories.
         z: W2 k at the snapshot (B, H, M, C, hidden).
+        hidden: silu(z), the keys of W1.
         error: M(k) - target at the snapshot (B, H, M, C, V).
         gates: of the chunk.
         rule, negative_eigenvalues: see `write_strengths`.
         bound, scale: see `mlp_surprise`; a scale for each memory is (M, 1, 1).
     """
-    surprise = mlp_error_surprise(outer_at_snapshot, keys, z, F.silu(z), error, bound=bound, scale=scale)
+    surprise = mlp_error_surprise(outer_at_snapshot, keys, z, hidden, error, bound=bound, scale=scale)
     hidden, value = surprise.outer
     relative = rule == "delta"
 

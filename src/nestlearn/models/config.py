@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from nestlearn.layers.chunked_memory import Read, RetainTo, check_choice
+from nestlearn.layers.chunked_memory import Read, RetainTo, check_choice, check_scales
 from nestlearn.memory.continuum import Variant, check_periods
 from nestlearn.memory.mlp import InnerRule
 
@@ -50,8 +50,9 @@ class HopeConfig:
         chunk_size: tokens between snapshots of the main memory.
         projection_chunk_size: the same for the projections' memories; None for chunk_size.
         inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, residual_memory,
-        write_scale, write_bound, memory_hidden, initial_gate, detach_every: see `nestlearn.layers.SelfModifyingTitans`; Titans
-            takes read, retain_to, write_bound, memory_hidden, initial_gate and detach_every.
+        write_scale, projection_write_scale, write_bound, memory_hidden, initial_gate, detach_every: see
+            `nestlearn.layers.SelfModifyingTitans`; Titans takes read, retain_to, write_bound, memory_hidden,
+            initial_gate and detach_every.
 
     Raises:
         ValueError: saying what was expected, what came, and how to mend it.
@@ -77,7 +78,8 @@ class HopeConfig:
     negative_eigenvalues: bool = False
     adaptive_query: bool = False
     residual_memory: bool = False
-    write_scale: float = 0.25
+    write_scale: float | None = None
+    projection_write_scale: float | None = None
     write_bound: float | None = 4.0
     memory_hidden: int | None = None
     initial_gate: float = 0.5
@@ -123,8 +125,7 @@ class HopeConfig:
             )
         if not 0 < self.initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")
-        if self.write_scale <= 0:
-            raise ValueError(f"write_scale: expected a positive fraction of the error, got {self.write_scale}")
+        check_scales(self.write_scale, self.projection_write_scale)
         if self.write_bound is not None and self.write_bound <= 0:
             raise ValueError(f"write_bound: expected a positive norm, or None for no bound; got {self.write_bound}")
 
@@ -150,6 +151,7 @@ class HopeConfig:
             "retain_to": "zero",
             "residual_memory": True,
             "write_scale": 1.0,
+            "projection_write_scale": 1.0,
             "write_bound": None,
         }
         return cls(**{**literal, **overrides})

@@ -214,9 +214,9 @@ class HopeLM(nn.Module):
             raise ValueError(
                 f"lengths: expected one number a row, ({tokens.shape[0]},), got shape {tuple(lengths.shape)}"
             )
-        if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
-            if not 0 <= int(lengths.min()) <= int(lengths.max()) <= tokens.shape[1]:
-                raise ValueError(f"lengths: expected numbers from 0 to T = {tokens.shape[1]}, got {lengths.tolist()}")
+        on_cpu = lengths is not None and lengths.device.type == "cpu"
+        if lengths is not None and on_cpu and not bool(((lengths >= 0) & (lengths <= tokens.shape[1])).all()):
+            raise ValueError(f"lengths: expected numbers from 0 to T = {tokens.shape[1]}, got {lengths.tolist()}")
         if document_starts is not None and document_starts.shape != tokens.shape:
             raise ValueError(
                 f"document_starts: expected the tokens' shape {tuple(tokens.shape)}, got {tuple(document_starts.shape)}"
@@ -258,6 +258,7 @@ def build_mixer(config: HopeConfig) -> nn.Module:
         "adaptive_query",
         "residual_memory",
         "write_scale",
+        "projection_write_scale",
     )
     return SelfModifyingTitans(dim, heads, **chunked, **{name: getattr(config, name) for name in own})
 
