@@ -44,7 +44,7 @@ def test_change_is_that_of_the_memories(retain_to: str) -> None:
     mixer = model.blocks[1].mixer
     inner, outer = state["blocks.1.inner"][0], state["blocks.1.outer"][0]
     if retain_to == "zero":
-        inner, outer = inner - mixer.memory.inner, outer - mixer.memory.outer
+        inner, outer = inner - mixer.memory.inner, outer - mixer.memory.initial.outer
     expected = (inner.square().sum((-2, -1)) + outer.square().sum((-2, -1))).sqrt()
     torch.testing.assert_close(record.change[1, :, :, -1], expected.detach())
 
@@ -64,7 +64,7 @@ def test_gates_and_errors_explain_what_the_layer_writes(settings: dict) -> None:
     for t in range(6):
         before = state
         _, state = mixer(x[:, t : t + 1], before)
-        base = mixer.memory
+        base = mixer.memory.initial
         written = (state["outer"] - retain[:, t, None, None, None] * before["outer"])[0]
         keys = _keys(mixer, x[:, : t + 1])
         hidden = torch.nn.functional.silu(keys @ (before["inner"][0] + base.inner).mT)[..., 0, :]
@@ -81,8 +81,8 @@ def _keys(mixer, x: torch.Tensor) -> torch.Tensor:
     if x.shape[1] > 1:
         _, state = mixer(x[:, :-1])
     u = mixer.streams.split(mixer.streams(x[:, -1:], state["convolution"])[0])[1][0, :, 0]
-    inner = state["inner_snapshot"][0, :, 0] + mixer.memory.inner[:, 0]
-    outer = state["outer_snapshot"][0, :, 0] + mixer.memory.outer[:, 0]
+    inner = state["inner_snapshot"][0, :, 0] + mixer.memory.initial.inner[:, 0]
+    outer = state["outer_snapshot"][0, :, 0] + mixer.memory.initial.outer[:, 0]
     k = u + (outer @ torch.nn.functional.silu(inner @ u[..., None]))[..., 0]
     return (k / k.norm(dim=-1, keepdim=True))[:, None, None]
 
