@@ -149,7 +149,7 @@ def test_a_small_bound_clips_both_maps() -> None:
     The first token finds nothing to erase: it moves each inner map by the write gate times its image, whose norm is the
     bound in all memories of a head that are clipped, and each outer map by no more than that times its own input.
     """
-    settings = {"retention": False, "write_scale": 1.0, "chunk_size": 3}
+    settings = {"retention": False, "write_scale": 1.0, "projection_write_scale": 1.0, "chunk_size": 3}
     x = torch.randn(2, 1, 8, dtype=torch.float64)
     tight, free = (build(write_bound=bound, **settings)(x)[1] for bound in (0.2, None))
     moved = torch.linalg.matrix_norm(tight["inner"]).sort(dim=-1).values  # (B, H, M)

@@ -9,6 +9,7 @@ and change nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class Segment(NamedTuple):
 
     Attributes:
         start, stop: its places.
-        end: places from the grid's origin to its end, or (B,) where rows differ: a chunk of C ends here if C divides it.
+        end: places from the grid's origin to its end, (B,) where rows differ: a chunk of C ends here if C divides it.
         active: (B, C) bool, which places hold a token; None if all do.
         reset: (B,) bool, rows whose state is reset before it; None if none is.
         filled: (B,) bool, rows that have a token at its last place; None if all have.
@@ -102,7 +103,7 @@ def plan_timeline(
 
 def _segments(origin: int, places: int, chunk: int) -> list[tuple[int, int]]:
     bounds = [0, *range(chunk - origin % chunk, places, chunk), places]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def _one_token_each(position: Tensor, period: int, lengths: Tensor | None) -> Timeline:
