@@ -138,6 +138,7 @@ def test_whole_equals_random_pieces_from_any_state(mixer: str) -> None:
             z, after = in_pieces(layer, x, cuts.tolist(), start)
             assert_near(z, y)
             assert_same_state(after, state)
+        assert_same_state(layer(x[:, :0], start)[1], start)
 
 
 @every_mixer

@@ -291,3 +291,21 @@ def test_sparse_gradients_of_a_slow_group_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
+
+
+def test_a_copied_model_keeps_its_memories_from_decay() -> None:
+    import copy
+
+    from nestlearn.models import HopeConfig, HopeLM
+
+    model = HopeLM(HopeConfig(vocab_size=7, dim=8, depth=1, heads=2))
+    for one in (model, copy.deepcopy(model)):
+        names = {id(parameter): name for name, parameter in one.named_parameters()}
+        decayed = {
+            names[id(parameter)]
+            for group in LevelOptimizer.for_model(one, lr=0.1, weight_decay=0.5).param_groups
+            for parameter in group["params"]
+            if group["weight_decay"] > 0
+        }
+        assert decayed
+        assert not [name for name in decayed if ".mixer.memory." in name or "embedding" in name]

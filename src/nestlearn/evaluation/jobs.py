@@ -24,45 +24,75 @@ def run_jobs(work: Callable[[Job], Record], jobs: Iterable[Job], folder: Path, *
     """Runs `work` on every job and returns the records in the order of the jobs.
 
     Each job names itself by "name"; its record is written to `folder/<name>.json` as soon as it is there, and a job
-    whose record exists is not run again: delete the file to repeat it.
+    whose record exists is not run again: delete the file to repeat it. A job that fails does not stop the others.
 
     Args:
         work: a function at module level that takes a job and returns plain JSON types.
         jobs: what to do.
         folder: where records are kept.
         processes: how many run at once.
+
+    Raises:
+        ValueError: if two jobs share a name, or a record belongs to another job of the same name.
+        RuntimeError: at the end, naming the jobs that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = list(jobs)
-    waiting = [job for job in jobs if not (folder / f"{job['name']}.json").exists()]
+    if len({job["name"] for job in jobs}) < len(jobs):
+        raise ValueError("every job needs a name of its own")
+    waiting = [job for job in jobs if not _is_done(job, folder)]
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done already in {folder}", flush=True)
     started = time.monotonic()
+    failures = []
     with multiprocessing.get_context("spawn").Pool(min(processes, max(1, len(waiting))), maxtasksperchild=1) as pool:
         tasks = [(work, job, folder) for job in waiting]
-        for count, name in enumerate(pool.imap_unordered(_run_one, tasks), start=1):
+        for count, (name, failure) in enumerate(pool.imap_unordered(_run_one, tasks), start=1):
+            if failure:
+                failures.append(f"{name}: {failure}")
             passed = time.monotonic() - started
             remaining = passed / count * (len(waiting) - count)
             print(f"[{count}/{len(waiting)}] {name}  {passed:.0f} s, about {remaining:.0f} s left", flush=True)
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(jobs)} jobs failed, the others are kept:\n" + "\n".join(failures))
     return [json.loads((folder / f"{job['name']}.json").read_text()) for job in jobs]
 
 
-def _run_one(task: tuple[Callable[[Job], Record], Job, Path]) -> str:
+def _is_done(job: Job, folder: Path) -> bool:
+    path = folder / f"{job['name']}.json"
+    if not path.exists():
+        return False
+    if json.loads(path.read_text())["job"] != json.loads(json.dumps(dict(job))):
+        raise ValueError(
+            f"{path} holds the record of another job of the same name (its settings differ); "
+            f"move or delete it, or choose another folder"
+        )
+    return True
+
+
+def _run_one(task: tuple[Callable[[Job], Record], Job, Path]) -> tuple[str, str | None]:
     work, job, folder = task
     prepare_process(threads=1)
     started = time.monotonic()
-    record = {"job": dict(job), **work(job), "seconds": round(time.monotonic() - started, 1), **provenance()}
+    origin = provenance()  # before the work: the code that is running, not what the folder holds hours later
+    try:
+        result = work(job)
+    except Exception as error:
+        return str(job["name"]), f"{type(error).__name__}: {error}"
+    record = {"job": dict(job), **result, "seconds": round(time.monotonic() - started, 1), **origin}
     atomic_write_text(folder / f"{job['name']}.json", json.dumps(record, indent=1))
-    return str(job["name"])
+    return str(job["name"]), None
 
 
 def provenance() -> Record:
     """What a number needs beside it: commit, versions, device, threads."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout
+    except OSError:  # no git here
+        commit = ""
     return {
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.strip() or None,
         "torch": torch.__version__,
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

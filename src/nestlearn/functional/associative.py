@@ -118,7 +118,7 @@ def associative_recurrence(
         keys: (..., T, K).
         values: (..., T, V).
         queries: (..., T, K), or None if nothing is to be read.
-        log_retain: natural logarithm of the retention, (..., T), at most 0 for a memory that does not grow.
+        log_retain: natural logarithm of the retention, (..., T), finite, at most 0 for a memory that does not grow.
         erase: (..., T).
         write: (..., T).
         log_momentum: natural logarithm of the momentum, (..., T); None for no momentum.
@@ -132,7 +132,7 @@ def associative_recurrence(
         AssociativeOutput(outputs, memory, momentum_state), differentiable in every input.
 
     Raises:
-        ValueError: if shapes do not fit, or an argument is out of its range.
+        ValueError: if shapes do not fit, an argument is out of its range, or the memory is not in fp32 or fp64.
     """
     _check_pairs(memory, keys, values)
     for name, gate in (("log_retain", log_retain), ("erase", erase), ("write", write), ("log_momentum", log_momentum)):
@@ -142,6 +142,13 @@ def associative_recurrence(
         raise ValueError(f"queries: expected the keys' {tuple(keys.shape[-2:])} at the end, got {tuple(queries.shape)}")
     if momentum_state is not None and log_momentum is None:
         raise ValueError("momentum_state was given without log_momentum: pass both, or neither")
+    for name, like in (("momentum_state", momentum_state), ("reference", reference)):
+        if like is not None and like.shape[-2:] != memory.shape[-2:]:
+            raise ValueError(
+                f"{name}: expected the memory's (V, K) = {tuple(memory.shape[-2:])}, got {tuple(like.shape)}"
+            )
+    if memory.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"memory: expected fp32 or fp64, got {memory.dtype}; convert all inputs, for example .float()")
     if read not in ("token", "previous"):
         raise ValueError(f'read: expected "token" or "previous", got {read!r}')
     if chunk_size < 1:

@@ -170,7 +170,7 @@ def check_scales(write_scale: float | None, projection_write_scale: float | None
         ValueError: naming the one that is off.
     """
     for name, value in (("write_scale", write_scale), ("projection_write_scale", projection_write_scale)):
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{name}: expected a positive fraction of the error, got {value}")
 
 
@@ -289,7 +289,7 @@ class ChunkedMemoryLayer(nn.Module):
             pieces = zip(timeline.segments, timeline.cut(inputs), strict=True)
             for number, (segment, part) in enumerate(pieces, start=1):
                 if segment.reset is not None:
-                    fresh = fresh or self._fresh(batch)
+                    fresh = self._fresh(batch) if fresh is None else fresh
                     memory = memory.reset(segment.reset, fresh)
                 if self.activation_checkpointing and torch.is_grad_enabled():
                     out, memory = checkpoint(self._segment, part, memory, segment, use_reentrant=False)

@@ -34,10 +34,11 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
     from the snapshot at the end of the previous chunk (decision 1 of docs/decisions.md):
 
         k = norm(M_key(u_k)),  v = norm(M_value(u_v)),  q = norm(u_q) or norm(M_query(u_q))          Eq. 83, 90
-        gate = sigmoid(<r, M_rate(u_g)> + b),  alpha = sigmoid(<r', M_retention(u_g)> + b')
+        gate = 0.99 sigmoid(<r, M_rate(u_g)> + b),  alpha = sigmoid(<r', M_retention(u_g)> + b')
         target_i = M_i(v),  error_i = M_i(k) - target_i  for every memory i                           Eq. 84, 85
         every linear map W of every memory, with a its own input and e the error at its output:
         W_t = alpha_t W_{t-1} - erase_t (W_{t-1} a_t) a_t^T - write_t e_t a_t^T                       Eq. 86-88, 90
+        (e bounded and scaled; with momentum the last term is averaged over the tokens first)
         o_t = M_memory,t(q_t)                                                                         Eq. 78, 83
 
     The projections' memories have the residual of Eq. 89; the main memory has none, and its target is
@@ -64,7 +65,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         memory_hidden: hidden width of the memories; None for the head's width.
         initial_gate: write gate s at initialisation, in (0, 1).
         conv_width: taps of the short convolutions.
-        detach_every: cut the gradient through the writes every so many chunks of the timeline; None never.
+        detach_every: cut the gradient through the writes every so many chunks, counted in each call; None never.
 
     Raises:
         ValueError: if a number is out of range or a name is unknown.

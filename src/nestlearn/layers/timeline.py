@@ -93,7 +93,7 @@ def plan_timeline(
     if document_starts is not None and not bool(document_starts.any()):
         document_starts = None
     first = position.tolist()
-    aligned = document_starts is None and (tokens == 1 or len(set(first)) <= 1)
+    aligned = document_starts is None and (tokens <= 1 or len(set(first)) <= 1)
     if tokens == 1 and aligned and len(set(first)) > 1:
         return _one_token_each(position, period, lengths)
     if aligned:

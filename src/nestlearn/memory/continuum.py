@@ -84,7 +84,11 @@ def check_periods(periods: Sequence[int]) -> None:
     Raises:
         ValueError: if they are empty, below 1, or not strictly ascending.
     """
-    if not periods or any(p < 1 for p in periods) or any(b <= a for a, b in pairwise(periods)):
+    if (
+        not periods
+        or any(not isinstance(p, int) or p < 1 for p in periods)
+        or any(b <= a for a, b in pairwise(periods))
+    ):
         raise ValueError(
             f"CMS periods: expected one or more whole numbers of at least 1, strictly ascending from the fastest to "
             f"the slowest level, for example (1, 4, 16); got {tuple(periods)}"

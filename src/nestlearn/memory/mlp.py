@@ -27,8 +27,8 @@ class WriteScales(NamedTuple):
 
 
 # Errors come from a snapshot and targets from the memories themselves, so chunks that write their errors whole
-# overshoot, and gradients through many chunks explode. These are the largest that do not (decision 20). What "delta"
-# writes it never erases, so it must write less.
+# overshoot, and gradients through many chunks explode. These do not (decision 20). What an earlier chunk wrote "delta"
+# never erases, so it must write less.
 STABLE_SCALES: dict[InnerRule, WriteScales] = {
     "dgd": WriteScales(0.5, 0.1),
     "gd": WriteScales(0.5, 0.1),
@@ -79,11 +79,10 @@ class MLPMemory(nn.Module):
         super().__init__()
         hidden = dim if hidden is None else hidden
         self.inner = nn.Parameter(torch.empty(heads, memories, hidden, dim))
-        for weight in self.inner.detach().flatten(0, 1):
-            nn.init.orthogonal_(weight, gain=2.0)
+        with torch.no_grad():
+            for weight in self.inner.flatten(0, 1):
+                weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=torch.float32), gain=2.0))
         self.outer = nn.Parameter(torch.zeros(heads, memories, dim, hidden))
-        for parameter in (self.inner, self.outer):
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     @property
     def initial(self) -> MLPWeights:
@@ -137,10 +136,10 @@ def write_strengths(
     Returns:
         (erase or None, write), shaped like squared_norm.
     """
-    per_memory = squared_norm.ndim > gates.gate.ndim
+    differing = squared_norm.ndim > gates.gate.ndim
 
     def match(x: Tensor) -> Tensor:
-        return x.unsqueeze(2) if per_memory else x
+        return x.unsqueeze(2) if differing else x
 
     gate = match(gates.gate)
     if negative_eigenvalues:
@@ -254,7 +253,7 @@ def read_mlp_chunk(
 
     Args:
         chunk: from `write_mlp_chunk`.
-        base: the part of that memory that does not change (H, 1, ...), or None for zero.
+        base: the part of the memories that does not change (H, M, ...), or None for zero.
         running, momentum: as before the chunk, (B, H, M, ...).
         keys: k (B, H, C, K).
         queries: (B, H, C, K).

@@ -21,7 +21,7 @@ Mixer = Literal[
     "linear_attention",
 ]
 
-# Width and depth follow the sizes of the paper's tables; it prints neither, so they are chosen to give the size.
+# The paper names sizes but prints neither width nor depth: these are chosen to give the size.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 128, "depth": 4, "heads": 2},
     "small": {"dim": 320, "depth": 6, "heads": 5},
@@ -86,6 +86,8 @@ class HopeConfig:
     detach_every: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.cms_periods, int):
+            raise ValueError(f"cms_periods: expected one period a level, for example ({self.cms_periods},)")
         object.__setattr__(self, "cms_periods", tuple(self.cms_periods))
         for name in ("vocab_size", "dim", "depth", "heads", "conv_width", "chunk_size"):
             value = getattr(self, name)
@@ -103,7 +105,7 @@ class HopeConfig:
             )
         for name in ("projection_chunk_size", "memory_hidden", "detach_every"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: expected a whole number of at least 1, or None; got {value!r}")
         for name, choices in (
             ("mixer", Mixer),
@@ -114,7 +116,7 @@ class HopeConfig:
         ):
             check_choice(name, getattr(self, name), choices)
         check_periods(self.cms_periods)
-        if self.cms_expansion <= 0:
+        if not round(self.dim * self.cms_expansion) >= 1:
             raise ValueError(f"cms_expansion: expected a positive number, got {self.cms_expansion}")
         projection = self.chunk_size if self.projection_chunk_size is None else self.projection_chunk_size
         small, large = sorted((self.chunk_size, projection))
@@ -126,7 +128,7 @@ class HopeConfig:
         if not 0 < self.initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")
         check_scales(self.write_scale, self.projection_write_scale)
-        if self.write_bound is not None and self.write_bound <= 0:
+        if self.write_bound is not None and not self.write_bound > 0:
             raise ValueError(f"write_bound: expected a positive norm, or None for no bound; got {self.write_bound}")
 
     @classmethod
@@ -143,7 +145,7 @@ class HopeConfig:
     @classmethod
     def paper(cls, **overrides: Any) -> HopeConfig:
         """The literal reading of Eq. 86-91, for comparison: retention to zero, reads of the snapshot, residual main
-        memory, no bound on what is written, momentum as in its Table 6."""
+        memory, errors written whole and without bound, momentum as in its Table 6."""
         literal: dict[str, Any] = {
             "inner_rule": "dgd",
             "momentum": True,

@@ -90,7 +90,6 @@ class HopeLM(nn.Module):
                     std /= (2 * self.config.depth) ** 0.5
                 nn.init.normal_(module.weight, std=std)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.embedding.weight._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(
         self,
@@ -116,6 +115,8 @@ class HopeLM(nn.Module):
             ValueError: if shapes do not fit or a token is not in the vocabulary.
         """
         self._check(tokens, lengths, document_starts)
+        lengths = None if lengths is None else lengths.to(tokens.device)
+        document_starts = None if document_starts is None else document_starts.to(tokens.device)
         x = self.embedding(tokens)
         new_state: State = {}
         for index, block in enumerate(self._blocks()):
@@ -140,8 +141,10 @@ class HopeLM(nn.Module):
     def decode_step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """Reads one token a row, without gradients: token (B,) int64 -> logits (B, vocab_size) and the new state.
 
-        It may overwrite the given state: go on with the one that it returns.
+        It may overwrite the given state: go on with the one that it returns, and keep a clone of a state that is
+        to be continued twice.
         """
+        self._check(token[:, None], None, None)
         x = self.embedding(token[:, None])
         new_state: State = {}
         for index, block in enumerate(self._blocks()):
@@ -186,8 +189,7 @@ class HopeLM(nn.Module):
             else:
                 chunked = config.mixer == "titans" and config.read == "chunk"
                 levels.append(Level(f"{name}.memory", config.chunk_size if chunked else 1))
-        for period in config.cms_periods:
-            number = config.cms_periods.index(period)
+        for number, period in enumerate(config.cms_periods):
             levels += [
                 Level(f"blocks.{index}.memory_system.levels.{number}", period, "step") for index in range(config.depth)
             ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.levels import Clock, Level
+from nestlearn.memory import MatrixMemory, MLPMemory
 
 _STATE_KEY = "levels"
 
@@ -80,7 +81,7 @@ class LevelOptimizer(torch.optim.Optimizer):
 
         The periods come from ``model.level_parameters()`` (period in optimizer steps -> named parameters); a model
         without it trains every parameter at every step. Decay leaves out whatever has fewer than two axes (biases,
-        norms), embeddings, and parameters that carry ``_no_weight_decay = True`` (the initial states of memories).
+        norms), embeddings, the initial states of memories, and parameters that carry ``_no_weight_decay = True``.
 
         Args:
             model: The model. Parameters that do not require a gradient are left out.
@@ -92,13 +93,15 @@ class LevelOptimizer(torch.optim.Optimizer):
             ValueError: If ``level_parameters()`` does not name each trainable parameter exactly once.
         """
         levels = _levels_of(model)
-        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        exempt_ids = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        memories = [m for m in model.modules() if isinstance(m, (MLPMemory, MatrixMemory))]
+        exempt_ids |= {id(parameter) for memory in memories for parameter in memory.parameters()}
         groups: list[dict[str, Any]] = []
         for period in sorted(levels):
             decayed: list[tuple[str, nn.Parameter]] = []
             plain: list[tuple[str, nn.Parameter]] = []
             for name, parameter in levels[period]:
-                exempt = parameter.ndim < 2 or id(parameter) in embeddings
+                exempt = parameter.ndim < 2 or id(parameter) in exempt_ids
                 exempt = exempt or getattr(parameter, "_no_weight_decay", False)
                 (plain if exempt else decayed).append((name, parameter))
             for members, decay in ((decayed, weight_decay), (plain, 0.0)):

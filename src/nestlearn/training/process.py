@@ -27,6 +27,7 @@ def prepare_process(threads: int | None = None) -> None:
             mallopt = ctypes.CDLL(None).mallopt
         except (OSError, AttributeError):  # another C library: it has its own habits
             return
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+            mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions take
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
         mallopt(_M_TOP_PAD, 1 << 28)

@@ -1,0 +1,40 @@
+"""Jobs side by side: what is done is kept, what fails is named, and a record is never taken for another job's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nestlearn.evaluation.jobs import run_jobs
+
+
+def square(job):
+    if job["x"] < 0:
+        raise ValueError("no negative numbers")
+    return {"result": job["x"] ** 2}
+
+
+def test_records_come_in_the_order_of_the_jobs_and_are_kept(tmp_path: Path) -> None:
+    jobs = [{"name": f"job{x}", "x": x} for x in (3, 1, 2)]
+    assert [record["result"] for record in run_jobs(square, jobs, tmp_path, processes=2)] == [9, 1, 4]
+    path = tmp_path / "job3.json"
+    record = json.loads(path.read_text())
+    assert {"job", "result", "seconds", "commit", "torch", "device", "threads"} <= set(record)
+    path.write_text(json.dumps({**record, "result": "kept"}))
+    assert run_jobs(square, jobs, tmp_path, processes=1)[0]["result"] == "kept"
+
+
+def test_a_failing_job_is_named_and_stops_no_other(tmp_path: Path) -> None:
+    jobs = [{"name": "bad", "x": -1}, {"name": "good", "x": 2}]
+    with pytest.raises(RuntimeError, match=r"1 of 2 jobs failed.*\nbad: ValueError: no negative numbers"):
+        run_jobs(square, jobs, tmp_path, processes=1)
+    assert (tmp_path / "good.json").exists()
+    assert not (tmp_path / "bad.json").exists()
+
+
+def test_a_record_of_another_job_is_refused(tmp_path: Path) -> None:
+    run_jobs(square, [{"name": "a", "x": 1}], tmp_path, processes=1)
+    with pytest.raises(ValueError, match=r"a\.json holds the record of another job"):
+        run_jobs(square, [{"name": "a", "x": 2}], tmp_path, processes=1)
+    with pytest.raises(ValueError, match="a name of its own"):
+        run_jobs(square, [{"name": "b", "x": 1}, {"name": "b", "x": 1}], tmp_path, processes=1)
