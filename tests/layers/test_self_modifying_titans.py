@@ -24,7 +24,7 @@ def build(seed: int = 0, dim: int = 8, **settings: Any) -> SelfModifyingTitans:
     torch.manual_seed(seed)
     layer = SelfModifyingTitans(dim, 2, **{"write_scale": 0.6, **settings}).double()
     with torch.no_grad():
-        layer.memory.outer.normal_(std=0.7 * layer.memory.inner.shape[-2])
+        layer.memory.outer.normal_(std=0.7)
         layer.streams.convolution.weight.normal_(std=0.7)
         layer.streams.projection.weight.normal_()
         layer.readout.norm.weight.uniform_(0.5, 1.5)

@@ -19,7 +19,7 @@ def specify(layer: Titans, x: Tensor, state: State) -> tuple[Tensor, State]:
 
     The gradient of 1/2 |M(k) - v|^2 for each linear map is (error at its output) (its input)^T, here by autograd.
     """
-    initial = {"inner": layer.memory.inner[:, 0], "outer": layer.memory.outer[:, 0] / layer.memory.inner.shape[-2]}
+    initial = {"inner": layer.memory.inner[:, 0], "outer": layer.memory.outer[:, 0]}
     fixed = initial if layer.retain_to == "initial" else {name: torch.zeros_like(w) for name, w in initial.items()}
     running = {name: state[name][:, :, 0] for name in initial}
     snapshot = {name: state[f"{name}_snapshot"][:, :, 0] for name in initial}

@@ -31,7 +31,7 @@ def build(*, random_outer: bool, **settings: Any) -> HopeLM:
     if random_outer:
         with torch.no_grad():
             for block in model.blocks:
-                block.mixer.memory.outer.normal_(std=0.3 * block.mixer.memory.inner.shape[-2])
+                block.mixer.memory.outer.normal_(std=0.3)
     return model
 
 

@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hope, write scales 1": {"write_scale": 1.0, "projection_write_scale": 1.0},
     "hope, write bound 1": {"write_bound": 1.0},
     "hope, gate 0.1": {"initial_gate": 0.1},
-    "hope, gate 0.9": {"initial_gate": 0.9},
+    "hope, gate 0.5": {"initial_gate": 0.5},
     "hope, chunk 64": {"chunk_size": 64},
     "hope, chunk 4": {"chunk_size": 4},
     "hope, literal paper": {

@@ -86,13 +86,9 @@ class MLPMemory(nn.Module):
 
     @property
     def initial(self) -> MLPWeights:
-        """W2 and W1 at the start of a context, without batch dimension, at least fp32.
-
-        W1 is the parameter over the hidden width: an optimizer that normalises gradients moves all entries alike, and
-        without the factor W1 would outgrow both the residual and what is written in context within a few steps.
-        """
+        """W2 and W1 at the start of a context, without batch dimension, at least fp32."""
         dtype = torch.promote_types(self.inner.dtype, torch.float32)
-        return MLPWeights(self.inner.to(dtype), self.outer.to(dtype) / self.inner.shape[-2])
+        return MLPWeights(self.inner.to(dtype), self.outer.to(dtype))
 
 
 def read_mlp(weights: MLPWeights, x: Tensor) -> Tensor:
