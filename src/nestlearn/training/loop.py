@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.optim.leveled import LevelOptimizer
 from nestlearn.training.checkpoint import Checkpoint, newest_checkpoint
 from nestlearn.training.config import DataConfig, RunConfig, TrainingConfig
@@ -29,6 +30,7 @@ from nestlearn.training.data import (
 )
 from nestlearn.training.distributed import Processes, join_processes
 from nestlearn.training.held_out import Evaluation, SummedLoss, choose_precision, evaluate
+from nestlearn.training.process import prepare_process
 from nestlearn.training.progress import TrainingProgress
 from nestlearn.training.session import (
     Event,
@@ -100,12 +102,13 @@ def train(
         OSError: If a file cannot be written (a full disk); names it, earlier checkpoints are untouched.
     """
     folder, config = Path(folder), run.training
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    prepare_process(config.threads or None)
     with join_processes(config.device) as processes:
         if not resume and (folder / "config.toml").exists():
             raise FileExistsError(f"{folder} already holds a run; go on with it (--resume) or give another folder")
         _check_sizes(config, processes)
+        if build is None:
+            model_config(run.model, vocab_size=256)  # a mistake shows before a large corpus is read
         notice = _say if processes.is_main else _silent
         start = newest_checkpoint(folder, notice=notice) if resume else None
         if resume and start is None:
@@ -147,15 +150,28 @@ def train(
 
 
 def build_model(settings: Mapping[str, Any], vocab_size: int) -> nn.Module:
-    """The `HopeLM` of a ``[model]`` table.
+    """The `HopeLM` of a ``[model]`` table, see `model_config`."""
+    return HopeLM(model_config(settings, vocab_size))
+
+
+def model_config(settings: Mapping[str, Any], vocab_size: int) -> HopeConfig:
+    """The configuration of a ``[model]`` table.
 
     Args:
         settings: Keyword arguments of `HopeConfig`, and optionally ``preset``, a size (``"tiny"``, ``"small"``, ...),
             and ``configuration``, ``"paper"`` or ``"transformer"`` for the named configurations of `HopeConfig`.
         vocab_size: Of the tokenizer; used where `settings` has none.
-    """
-    from nestlearn.models import HopeConfig, HopeLM
 
+    Raises:
+        ValueError: Naming the table, and what is wrong in it.
+    """
+    try:
+        return _model_config(settings, vocab_size)
+    except ValueError as error:
+        raise ValueError(f"[model]: {error}") from None
+
+
+def _model_config(settings: Mapping[str, Any], vocab_size: int) -> HopeConfig:
     chosen = dict(settings)
     preset, configuration = chosen.pop("preset", None), chosen.pop("configuration", "default")
     makers: dict[str, Callable[..., HopeConfig]] = {
@@ -164,14 +180,14 @@ def build_model(settings: Mapping[str, Any], vocab_size: int) -> nn.Module:
         "transformer": HopeConfig.transformer,
     }
     if configuration not in makers:
-        raise ValueError(f"model.configuration: expected one of {', '.join(makers)}, got {configuration!r}")
+        raise ValueError(f"configuration: expected one of {', '.join(makers)}, got {configuration!r}")
     known = {field.name for field in dataclasses.fields(HopeConfig)}
     for name in sorted(set(chosen) - known):
         HopeConfig.from_dict({name: chosen[name]})  # says which name was meant
     size = {} if preset is None else HopeConfig.preset(preset).to_dict()
     default = HopeConfig().to_dict()
     size = {name: value for name, value in size.items() if value != default[name]}
-    return HopeLM(makers[configuration](**{**size, "vocab_size": vocab_size, **chosen}))
+    return makers[configuration](**{**size, "vocab_size": vocab_size, **chosen})
 
 
 def _read(data: DataConfig, config: TrainingConfig, notice: Notice) -> tuple[Tokenizer, PackedTokens, PackedTokens]:
