@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from nestlearn.evaluation.jobs import Job, Record, provenance, run_jobs
 from nestlearn.io import atomic_write_text
 from nestlearn.models import HopeConfig, HopeLM
+from nestlearn.models.config import PAPER
 from nestlearn.optim import LevelOptimizer
 
 IGNORED = -100
@@ -77,15 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hope, gate 0.5": {"initial_gate": 0.5},
     "hope, chunk 64": {"chunk_size": 64},
     "hope, chunk 4": {"chunk_size": 4},
-    "hope, literal paper": {
-        "momentum": True,
-        "read": "chunk",
-        "retain_to": "zero",
-        "residual_memory": True,
-        "write_scale": 1.0,
-        "projection_write_scale": 1.0,
-        "write_bound": None,
-    },
+    "hope, literal paper": PAPER,
     "titans": {"mixer": "titans"},
     "gated_delta_net": {"mixer": "gated_delta_net"},
     "delta_net": {"mixer": "delta_net"},

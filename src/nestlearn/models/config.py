@@ -30,6 +30,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1.3B": {"vocab_size": 32000, "dim": 2048, "depth": 19, "heads": 16},
 }
 
+# The literal reading of Eq. 86-91 (decision 17).
+PAPER: dict[str, Any] = {
+    "inner_rule": "dgd",
+    "momentum": True,
+    "read": "chunk",
+    "retain_to": "zero",
+    "residual_memory": True,
+    "write_scale": 1.0,
+    "projection_write_scale": 1.0,
+    "write_bound": None,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class HopeConfig:
@@ -146,17 +158,7 @@ class HopeConfig:
     def paper(cls, **overrides: Any) -> HopeConfig:
         """The literal reading of Eq. 86-91, for comparison: retention to zero, reads of the snapshot, residual main
         memory, errors written whole and without bound, momentum as in its Table 6."""
-        literal: dict[str, Any] = {
-            "inner_rule": "dgd",
-            "momentum": True,
-            "read": "chunk",
-            "retain_to": "zero",
-            "residual_memory": True,
-            "write_scale": 1.0,
-            "projection_write_scale": 1.0,
-            "write_bound": None,
-        }
-        return cls(**{**literal, **overrides})
+        return cls(**{**PAPER, **overrides})
 
     @classmethod
     def transformer(cls, **overrides: Any) -> HopeConfig:
