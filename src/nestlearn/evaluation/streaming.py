@@ -278,7 +278,7 @@ def main() -> None:
     add("--text", default="stdlib", help="file, folder, .jsonl(.gz), datasets name or stdlib")
     add("--rules", type=several(str), default=["dgd", "gd", "delta"])
     add("--gates", type=several(float), default=[0.1, 0.5, 0.95], help="initial write gates")
-    add("--kinds", type=several(str), default=["untrained", "perturbed"])
+    add("--kinds", type=several(str), default=["untrained", "perturbed"], help="untrained, perturbed, or both")
     add("--noise", type=float, default=0.5, help="of the perturbed models, over the size of each parameter")
     add("--checkpoint", type=Path, default=None, help="a trained model to stream through as well")
     add("--dim", type=int, default=32)
@@ -290,6 +290,10 @@ def main() -> None:
     add("--out", type=Path, default=Path("results/streaming"), help="path of the results, without suffix")
     add("--runs", type=Path, default=None, help="folder of the records; by default runs/<name of --out>-<commit>")
     arguments = parser.parse_args()
+    unknown = set(arguments.kinds) - {"untrained", "perturbed"}
+    if unknown:
+        parser.error(f"--kinds: expected untrained or perturbed, got {', '.join(sorted(unknown))}; for a trained model "
+                     f"give --checkpoint")  # fmt: skip
     arguments.settings = parse_settings(arguments.set, ["all"])["all"]
     runs = arguments.runs or Path("runs") / f"{arguments.out.name}-{provenance()['commit']}"
     records = run_jobs(run_stream, make_jobs(arguments), runs, processes=arguments.jobs)
