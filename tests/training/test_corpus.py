@@ -26,7 +26,7 @@ def jsonl(*texts: str) -> bytes:
 def test_text_file_is_one_document_with_its_line_ends(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n")
     (tmp_path / "noted").write_bytes("é".encode())
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"packed"))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"packed", mtime=0))
     assert read_documents(tmp_path / "a.txt", notice=silent) == ["one\r\ntwo\n\n"]
     assert read_documents(str(tmp_path / "noted"), notice=silent) == ["é"]
     assert read_documents(tmp_path / "b.txt.gz", notice=silent) == ["packed"]
@@ -36,7 +36,7 @@ def test_text_file_is_one_document_with_its_line_ends(tmp_path: Path) -> None:
 def test_jsonl_is_a_document_per_line(tmp_path: Path, packed: bool) -> None:
     data = jsonl("first\nline", "", "  ", "é") + b"\n\n" + jsonl("last").rstrip()
     path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
-    path.write_bytes(gzip.compress(data) if packed else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     assert read_documents(path, notice=silent) == ["first\nline", "é", "last"]
 
 
@@ -44,7 +44,7 @@ def test_folder_is_read_in_order_and_skips_with_a_count(tmp_path: Path) -> None:
     for name, data in {
         "b.txt": b"b",
         "a/z.py": b"z",
-        "a/more.jsonl.gz": gzip.compress(jsonl("one", "two")),
+        "a/more.jsonl.gz": gzip.compress(jsonl("one", "two"), mtime=0),
         "c.TXT": b"c",
         "empty.txt": b"",
         "picture.png": b"\x89PNG\0",
@@ -120,8 +120,12 @@ def test_stdlib_leaves_out_what_is_not_its_source(tmp_path: Path, monkeypatch: p
         ("a.jsonl", b'{"content": "y", "id": 1}\n', r"line 1: expected a field 'text'.*\['content', 'id'\]"),
         ("a.jsonl", b'{"text": 5}\n', r"line 1: expected a field 'text' with a string, got a int"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl is not text"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a\.txt\.gz is no whole gzip archive"),
-        ("a.jsonl.gz", gzip.compress(jsonl(*map(str, range(999))))[:400], r"a\.jsonl\.gz is no whole gzip archive"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"a\.txt\.gz is no whole gzip archive"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(jsonl(*map(str, range(999))), mtime=0)[:400],
+            r"a\.jsonl\.gz is no whole gzip archive",
+        ),
         ("a.txt.gz", b"plain text", r"a\.txt\.gz is no whole gzip archive"),
     ],
 )
