@@ -71,7 +71,8 @@ def test_plain_attention_is_the_textbook_one() -> None:
 def test_attention_is_the_sum_of_its_parts() -> None:
     layer = mixer("attention")
     x, _ = inputs(1, batch=1)
-    mixed = nn.functional.silu(causal_convolution(x @ layer.projection.weight.T, layer.convolution.weight))[0]
+    projected = x @ layer.streams.projection.weight.T
+    mixed = nn.functional.silu(causal_convolution(projected, layer.streams.convolution.weight))[0]
     outputs = []
     for h in range(HEADS):
         q, k, v = (head_of(mixed, part, h) for part in range(3))

@@ -71,7 +71,7 @@ def finite_difference(model: HopeLM, parameter: Tensor, index: int, direction: T
     found = []
     with torch.no_grad():
         original = parameter[:, index].clone()
-        for step in (4e-6, 2e-6):  # RMSNorm is strongly curved near zero, where a fresh memory reads
+        for step in (2e-6, 1e-6):  # RMSNorm is strongly curved near zero, where a fresh memory reads
             losses = []
             for sign in (1.0, -1.0):
                 parameter[:, index] = original + sign * step * direction

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.rotary import apply_rotary, rotary_table
-from nestlearn.layers.short_convolution import ShortConvolution, last_document_start
+from nestlearn.layers.short_convolution import last_document_start
+from nestlearn.layers.streams import Streams
 
 __all__ = ["Attention", "PlainAttention", "cached_attention"]
 
@@ -35,8 +36,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_dim = _head_dim(dim, heads)
-        self.projection = nn.Linear(dim, 3 * dim, bias=False)
-        self.convolution = ShortConvolution(3 * dim, conv_width)
+        self.streams = Streams(dim, heads, streams=3, conv_width=conv_width)
         self.query_scale = nn.Parameter(torch.full((heads,), 10.0))
         self.readout = GatedReadout(dim, heads, self.head_dim)
 
@@ -44,8 +44,8 @@ class Attention(nn.Module):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
         """An empty context: keys, values (B, H, 0, Dh), position (B,), tail (B, conv_width - 1, 3 D)."""
-        state = _empty_cache(self.projection.weight, batch_size, self.heads, self.head_dim, device, dtype)
-        state["tail"] = self.convolution.init_state(batch_size, device=device, dtype=dtype)
+        state = _empty_cache(self.streams.projection.weight, batch_size, self.heads, self.head_dim, device, dtype)
+        state["tail"] = self.streams.init_tail(batch_size, device=device, dtype=dtype)
         return state
 
     def forward(
@@ -63,8 +63,8 @@ class Attention(nn.Module):
         """
         position = None if state is None else state["position"]
         tail = None if state is None else state["tail"]
-        mixed, tail = self.convolution(self.projection(x), tail, lengths=lengths, document_starts=document_starts)
-        q, k, v = self._heads(F.silu(mixed), position, document_starts)
+        mixed, tail = self.streams(x, tail, lengths=lengths, document_starts=document_starts)
+        q, k, v = self._heads(mixed, position, document_starts)
         o, cache = cached_attention(q, k, v, state, scale=1.0, lengths=lengths, document_starts=document_starts)
         return self.readout(o, x), cache | {"tail": tail}
 
@@ -73,8 +73,8 @@ class Attention(nn.Module):
 
         forward reads such a state like any other.
         """
-        mixed, tail = self.convolution(self.projection(x), state["tail"])
-        q, k, v = self._heads(F.silu(mixed), state["position"], None)
+        mixed, tail = self.streams(x, state["tail"])
+        q, k, v = self._heads(mixed, state["position"], None)
         o = _decode_attention(q, k, v, state, scale=1.0)
         state["tail"] = tail
         return self.readout(o, x), state

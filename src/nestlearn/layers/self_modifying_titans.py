@@ -90,7 +90,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         projection_write_scale: float | None = None,
         write_bound: float | None = 4.0,
         memory_hidden: int | None = None,
-        initial_gate: float = 0.9,
+        initial_gate: float = 0.5,
         conv_width: int = 4,
         detach_every: int | None = None,
     ) -> None:

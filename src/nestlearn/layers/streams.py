@@ -8,14 +8,21 @@ from torch.nn import functional as F
 
 from nestlearn.layers.short_convolution import ShortConvolution
 
+# How much the tap of its own token starts ahead of a query's other taps, and that of the token before ahead of a key's,
+# in units of their spread, 1 / sqrt(conv_width).
+LEAD = 0.8
+
 
 class Streams(nn.Module):
-    """Several inputs of a mixer (q, k, v, gates, ...) from one merged projection.
+    """Several inputs of a mixer (q, k, v, gates, ..., in this order) from one merged projection.
+
+    Queries and keys start with one projection, queries looking at their own token and keys at the token before: what
+    the memory returns at first is what came after the last token like this one (decision 21 of docs/decisions.md).
 
     Args:
         dim: D, divisible by heads.
         heads: H.
-        streams: how many.
+        streams: how many, at least q and k.
         conv_width: taps of the convolution.
 
     Raises:
@@ -30,9 +37,21 @@ class Streams(nn.Module):
         self.count = streams
         self.projection = nn.Linear(dim, streams * dim, bias=False)
         self.convolution = ShortConvolution(streams * dim, conv_width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The start described above; the projection is normal with std 0.5 / sqrt(D)."""
+        dim, width = self.projection.in_features, self.convolution.width
+        nn.init.normal_(self.projection.weight, std=0.5 * dim**-0.5)
+        self.convolution.reset_parameters()
+        queries, keys = slice(0, dim), slice(dim, 2 * dim)
+        with torch.no_grad():
+            self.projection.weight[keys] = self.projection.weight[queries]
+            self.convolution.weight[-1, queries] += LEAD * width**-0.5
+            self.convolution.weight[-min(2, width), keys] += LEAD * width**-0.5
 
     def init_tail(
-        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """The convolution's state before the first token, (B, conv_width - 1, streams * D)."""
         return self.convolution.init_state(batch_size, device=device, dtype=dtype)

@@ -49,7 +49,7 @@ class Titans(ChunkedMemoryLayer):
         write_scale: float = 1.0,
         write_bound: float | None = 4.0,
         memory_hidden: int | None = None,
-        initial_gate: float = 0.9,
+        initial_gate: float = 0.5,
         conv_width: int = 4,
         detach_every: int | None = None,
     ) -> None:

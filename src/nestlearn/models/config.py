@@ -94,7 +94,7 @@ class HopeConfig:
     projection_write_scale: float | None = None
     write_bound: float | None = 4.0
     memory_hidden: int | None = None
-    initial_gate: float = 0.9
+    initial_gate: float = 0.5
     detach_every: int | None = None
 
     def __post_init__(self) -> None:

@@ -81,10 +81,10 @@ class HopeLM(nn.Module):
 
     def _initialize(self) -> None:
         """Linear maps: normal, std 0.5 / sqrt(inputs), those that write into the residual stream divided by
-        sqrt(2 depth) more. Embedding: std 0.02. The mixers initialise their memories, gates and convolutions."""
+        sqrt(2 depth) more. Embedding: std 0.02. The mixers initialise their streams, memories and gates."""
         writers = {"output", "down"}
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not name.endswith("streams.projection"):
                 std = 0.5 * module.in_features**-0.5
                 if name.rsplit(".", 1)[-1] in writers:
                     std /= (2 * self.config.depth) ** 0.5
