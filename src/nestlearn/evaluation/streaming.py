@@ -31,6 +31,7 @@ from nestlearn.functional.surprise import MLPSurprise
 from nestlearn.layers.chunked_memory import ChunkedMemoryLayer, base_weights
 from nestlearn.memory.mlp import MLPWeights
 from nestlearn.models import HopeConfig, HopeLM
+from nestlearn.training.checkpoint import load_model
 from nestlearn.training.data import ByteTokenizer, read_documents
 
 STREAMS = ("random", "text", "repeated")
@@ -187,8 +188,6 @@ def verdict(record: Record) -> list[str]:
 def run_stream(job: Job) -> Record:
     """One model, all three streams."""
     if job["kind"] == "trained":
-        from nestlearn.training.checkpoint import load_model
-
         model, _ = load_model(job["checkpoint"])
     else:
         torch.manual_seed(job["seed"])
@@ -209,7 +208,7 @@ def run_stream(job: Job) -> Record:
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """Untrained and perturbed models of every rule and gate, and the checkpoint if there is one."""
+    """Untrained and perturbed models of every rule and gate, and the checkpoints (their gates are where they began)."""
     common = {
         "text": arguments.text,
         "tokens": arguments.tokens,
@@ -223,10 +222,11 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
         config = HopeConfig(dim=arguments.dim, depth=arguments.depth, heads=arguments.heads, **settings)
         name = f"{kind}-{rule}-gate{gate:g}-{arguments.tokens}"
         jobs.append({"name": name, "kind": kind, "rule": rule, "gate": gate, "config": config.to_dict(), **common})
-    if arguments.checkpoint is not None:
-        path = str(arguments.checkpoint)
-        name = f"trained-{arguments.checkpoint.name}-{arguments.tokens}"
-        jobs.append({"name": name, "kind": "trained", "rule": None, "gate": None, "checkpoint": path, **common})
+    for path in arguments.checkpoint:
+        config = load_model(path)[0].config
+        name = f"trained-{path.name}-{config.inner_rule}-gate{config.initial_gate:g}-{arguments.tokens}"
+        found = {"kind": "trained", "rule": config.inner_rule, "gate": config.initial_gate, "checkpoint": str(path)}
+        jobs.append({"name": name, **found, **common})
     return jobs
 
 
@@ -280,7 +280,7 @@ def main() -> None:
     add("--gates", type=several(float), default=[0.1, 0.5, 0.95], help="initial write gates")
     add("--kinds", type=several(str), default=["untrained", "perturbed"], help="untrained, perturbed, or both")
     add("--noise", type=float, default=0.5, help="of the perturbed models, over the size of each parameter")
-    add("--checkpoint", type=Path, default=None, help="a trained model to stream through as well")
+    add("--checkpoint", type=Path, action="append", default=[], help="a trained model too; may be given many times")
     add("--dim", type=int, default=32)
     add("--depth", type=int, default=2)
     add("--heads", type=int, default=2)
