@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.evaluation.jobs import Job, Record, provenance, run_jobs
-from nestlearn.io import atomic_write_text
+from nestlearn.evaluation.jobs import Job, Record, run_jobs
+from nestlearn.evaluation.report import write_report
 from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.models.config import PAPER
 from nestlearn.optim import LevelOptimizer
@@ -147,7 +147,10 @@ def table(records: Sequence[Record]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/mqar"), help="folder of the records and the table")
+    parser.add_argument("--out", type=Path, default=Path("results/mqar"), help="path of the results, without suffix")
+    parser.add_argument(
+        "--runs", type=Path, default=None, help="folder of the records; by default runs/<name of --out>"
+    )
     parser.add_argument("--variants", default=";".join(VARIANTS), help="which, separated by ';'")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lrs", type=lambda s: [float(x) for x in s.split(",")], default=[1e-3, 3e-3])
@@ -176,15 +179,15 @@ def main() -> None:
         for name in variants
         for lr in arguments.lrs
     ]
-    records = run_jobs(train_recall, jobs, arguments.out / "runs", processes=arguments.jobs)
-    origin = provenance()
+    runs = arguments.runs or Path("runs") / arguments.out.name
+    records = run_jobs(train_recall, jobs, runs, processes=arguments.jobs)
     text = (
-        f"MQAR, {arguments.pairs} pairs, length {arguments.length}, {arguments.symbols} keys and values; 2 layers, "
-        f"width 64, chunk 16 unless said; batch {arguments.batch_size}, AdamW, the better of lr {arguments.lrs}; "
-        f"commit {origin['commit']}, torch {origin['torch']}, one CPU thread a run.\n\n{table(records)}\n"
+        f"{arguments.pairs} pairs, length {arguments.length}, {arguments.symbols} keys and values; 2 layers, width 64, "
+        f"chunk 16 unless said; batch {arguments.batch_size}, AdamW, the better learning rate of "
+        f"{', '.join(f'{lr:g}' for lr in arguments.lrs)} for each model, evaluated every {arguments.every} steps, "
+        f"at most {arguments.steps}; one CPU thread a run.\n\n{table(records)}"
     )
-    atomic_write_text(arguments.out / "table.md", text)
-    print(text)
+    print(write_report(arguments.out, "Multi-query associative recall", text, {"runs": records}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def command() -> str:
     """The command that is running, as one would type it."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     start = f"python -m {module.name}" if module is not None else f"python {Path(sys.argv[0]).name}"
-    return " ".join([start, *sys.argv[1:]])
+    return f"{start} {shlex.join(sys.argv[1:])}".strip()
 
 
 def described(settings: Mapping[str, Any]) -> str:
