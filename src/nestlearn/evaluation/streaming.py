@@ -3,7 +3,7 @@
     python -m nestlearn.evaluation.streaming --tokens 1000000 --out results/streaming
 
 Random bytes, real text and one byte repeated run side by side, as three rows of a batch, through a small Hope: as
-initialised, with noise on all parameters, and from a checkpoint if one is given; for every inner rule and several write
+initialised, with noise on all parameters, and as trained if checkpoints are given; for every inner rule and several write
 gates. Recorded are whether all logits and states are finite, the largest entry and Frobenius norm that a memory ever
 has, the norm of every written error against its bound (decision 5 of docs/decisions.md), and the bytes of the state.
 """
@@ -29,6 +29,7 @@ from nestlearn.evaluation.language_modeling import parse_settings
 from nestlearn.evaluation.report import described, finite_or_none, markdown_table, write_report
 from nestlearn.functional.surprise import MLPSurprise
 from nestlearn.layers.chunked_memory import ChunkedMemoryLayer, base_weights
+from nestlearn.layers.self_modifying_titans import SelfModifyingTitans
 from nestlearn.memory.mlp import MLPWeights
 from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.training.checkpoint import load_model
@@ -223,7 +224,10 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
         name = f"{kind}-{rule}-gate{gate:g}-{arguments.tokens}"
         jobs.append({"name": name, "kind": kind, "rule": rule, "gate": gate, "config": config.to_dict(), **common})
     for path in arguments.checkpoint:
-        config = load_model(path)[0].config
+        model = load_model(path)[0]
+        config = model.config
+        if not all(isinstance(block.mixer, SelfModifyingTitans) for block in model.blocks):
+            raise ValueError(f"--checkpoint {path}: expected a Hope with self-modifying memories, got {config.mixer!r}")
         name = f"trained-{path.name}-{config.inner_rule}-gate{config.initial_gate:g}-{arguments.tokens}"
         found = {"kind": "trained", "rule": config.inner_rule, "gate": config.initial_gate, "checkpoint": str(path)}
         jobs.append({"name": name, **found, **common})
@@ -300,8 +304,9 @@ def main() -> None:
     failures = sum(1 for record in records if record["wrong"])
     text = (
         f"Three streams of {arguments.tokens:,} tokens (random bytes, {Path(arguments.text).name}, one byte repeated) "
-        f"through a Hope of width {arguments.dim}, depth {arguments.depth}, {arguments.heads} heads, in calls of "
-        f"{arguments.call:,} tokens with one carried state. Perturbed: noise of {arguments.noise:g} times the root "
+        f"through a Hope of width {arguments.dim}, depth {arguments.depth}, {arguments.heads} heads (trained ones have "
+        f"the size of their run; their gate is the one they started with), in calls of {arguments.call:,} tokens with "
+        f"one carried state. Perturbed: noise of {arguments.noise:g} times the root "
         f"mean square of each parameter. {described(arguments.settings)}"
         f"Entries and norms are those of the whole memory M_0 + D, the largest at the "
         f"end of any call; the errors are all that were ever written. {failures} of {len(records)} settings fail "

@@ -127,7 +127,7 @@ class ShortConvolution(nn.Module):
     """Causal depthwise convolution of a few tokens, with its state.
 
     weight (width, C): the last row meets the current token. All rows start uniform in +-1/sqrt(width), as in
-    torch.nn.Conv1d: from the beginning some channels see the token before, which recall needs.
+    torch.nn.Conv1d; `Streams` then gives those of queries and keys a lead.
 
     channels: C. width: tokens seen, the current one included; 1 is a scale per channel.
     """

@@ -1,4 +1,4 @@
-"""What goes into every recurrent mixer: slow projections, a short causal convolution, silu (Titans, Sec. 4.4)."""
+"""What goes into every mixer of Hope: slow projections, a short causal convolution, silu (Titans, Sec. 4.4)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ LEAD = 0.8
 class Streams(nn.Module):
     """Several inputs of a mixer (q, k, v, gates, ..., in this order) from one merged projection.
 
-    Queries and keys start with one projection, queries looking at their own token and keys at the token before: what
-    the memory returns at first is what came after the last token like this one (decision 21 of docs/decisions.md).
+    Queries and keys start with one projection, queries looking mostly at their own token and keys at the token before,
+    so that from the start a read leans towards what came after tokens like this one (decision 21 of
+    docs/decisions.md). With a convolution of one token there is no token before, and no lead.
 
     Args:
         dim: D, divisible by heads.
@@ -26,13 +27,15 @@ class Streams(nn.Module):
         conv_width: taps of the convolution.
 
     Raises:
-        ValueError: if heads do not divide dim.
+        ValueError: if heads do not divide dim, or there is no stream for k.
     """
 
     def __init__(self, dim: int, heads: int, *, streams: int, conv_width: int = 4) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim: expected a multiple of heads, got dim {dim} and heads {heads}")
+        if streams < 2:
+            raise ValueError(f"streams: expected at least 2, for q and k, got {streams}")
         self.heads = heads
         self.count = streams
         self.projection = nn.Linear(dim, streams * dim, bias=False)
@@ -47,8 +50,9 @@ class Streams(nn.Module):
         queries, keys = slice(0, dim), slice(dim, 2 * dim)
         with torch.no_grad():
             self.projection.weight[keys] = self.projection.weight[queries]
-            self.convolution.weight[-1, queries] += LEAD * width**-0.5
-            self.convolution.weight[-min(2, width), keys] += LEAD * width**-0.5
+            if width > 1:
+                self.convolution.weight[-1, queries] += LEAD * width**-0.5
+                self.convolution.weight[-2, keys] += LEAD * width**-0.5
 
     def init_tail(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
