@@ -1,5 +1,6 @@
 """Long streams: what the watcher sees is what happened, and it tells every kind of failure."""
 
+import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from nestlearn.evaluation.streaming import (
     STREAMS,
     WriteProbe,
+    make_jobs,
     memory_sizes,
     perturb,
     stream,
@@ -144,3 +146,22 @@ def test_noise_is_relative_to_each_parameter() -> None:
         assert change > 0, name
         if old.numel() > 100:
             assert change == pytest.approx(0.5 * size, rel=0.3), name
+
+
+def test_trained_models_are_told_apart_by_rule_and_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {
+        Path("a"): build(inner_rule="gd", initial_gate=0.95),
+        Path("b"): build(inner_rule="delta"),
+        Path("c"): build(mixer="titans"),
+    }
+    monkeypatch.setattr("nestlearn.evaluation.streaming.load_model", lambda path: (models[path], None))
+    common: dict[str, Any] = {"text": "stdlib", "tokens": 9, "call": 3, "noise": 0.5, "seed": 0}
+    none: dict[str, Any] = {"rules": [], "gates": [], "kinds": [], "settings": {}}
+    jobs = make_jobs(argparse.Namespace(**common, **none, checkpoint=[Path("a"), Path("b")]))
+    assert [(job["kind"], job["rule"], job["gate"]) for job in jobs] == [
+        ("trained", "gd", 0.95),
+        ("trained", "delta", 0.5),
+    ]
+    assert len({job["name"] for job in jobs}) == 2
+    with pytest.raises(ValueError, match=r"--checkpoint c: expected a Hope .* 'titans'"):
+        make_jobs(argparse.Namespace(**common, **none, checkpoint=[Path("c")]))

@@ -3,8 +3,8 @@
     python -m nestlearn.evaluation.streaming --tokens 1000000 --out results/streaming
 
 Random bytes, real text and one byte repeated run side by side, as three rows of a batch, through a small Hope: as
-initialised, with noise on all parameters, and as trained if checkpoints are given; for every inner rule and several write
-gates. Recorded are whether all logits and states are finite, the largest entry and Frobenius norm that a memory ever
+initialised, with noise on all parameters, and as trained if checkpoints are given; for every inner rule and several
+write gates. Recorded are whether all logits and states are finite, the largest entry and Frobenius norm that a memory ever
 has, the norm of every written error against its bound (decision 5 of docs/decisions.md), and the bytes of the state.
 """
 
