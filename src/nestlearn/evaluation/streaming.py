@@ -4,8 +4,9 @@
 
 Random bytes, real text and one byte repeated run side by side, as three rows of a batch, through a small Hope: as
 initialised, with noise on all parameters, and as trained if checkpoints are given; for every inner rule and several
-write gates. Recorded are whether all logits and states are finite, the largest entry and Frobenius norm that a memory ever
-has, the norm of every written error against its bound (decision 5 of docs/decisions.md), and the bytes of the state.
+write gates. Recorded are whether all logits and states are finite, the largest entry and Frobenius norm that a memory
+ever has, the norm of every written error against its bound (decision 5 of docs/decisions.md), and the bytes of the
+state.
 """
 
 from __future__ import annotations
