@@ -183,8 +183,8 @@ def main() -> None:
     records = run_jobs(train_recall, jobs, runs, processes=arguments.jobs)
     text = (
         f"{arguments.pairs} pairs, length {arguments.length}, {arguments.symbols} keys and values; 2 layers, width 64, "
-        f"chunk 16 unless said; batch {arguments.batch_size}, AdamW, the better learning rate of "
-        f"{', '.join(f'{lr:g}' for lr in arguments.lrs)} for each model, evaluated every {arguments.every} steps, "
+        f"chunk 16 unless said; batch {arguments.batch_size}, AdamW, for each model the best learning "
+        f"rate of {', '.join(f'{lr:g}' for lr in arguments.lrs)}, evaluated every {arguments.every} steps, "
         f"at most {arguments.steps}; one CPU thread a run.\n\n{table(records)}"
     )
     print(write_report(arguments.out, "Multi-query associative recall", text, {"runs": records}))
