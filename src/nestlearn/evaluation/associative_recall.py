@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.evaluation.jobs import Job, Record, run_jobs
+from nestlearn.evaluation.jobs import Job, Record, provenance, run_jobs
 from nestlearn.evaluation.report import write_report
 from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.models.config import PAPER
@@ -179,7 +179,7 @@ def main() -> None:
         for name in variants
         for lr in arguments.lrs
     ]
-    runs = arguments.runs or Path("runs") / arguments.out.name
+    runs = arguments.runs or Path("runs") / f"{arguments.out.name}-{provenance()['commit']}"
     records = run_jobs(train_recall, jobs, runs, processes=arguments.jobs)
     text = (
         f"{arguments.pairs} pairs, length {arguments.length}, {arguments.symbols} keys and values; 2 layers, width 64, "
