@@ -44,15 +44,18 @@ def write_report(out: Path, title: str, text: str, results: Mapping[str, Any]) -
         out: path without suffix.
         title: heading of the page.
         text: its body, Markdown.
-        results: plain JSON types; numbers must be finite (write None for those that are not).
+        results: plain JSON types; numbers must be finite (write None for those that are not). If the records under
+            "runs" were made at other commits than the page, it says so.
 
     Returns:
         The page.
     """
     origin = {"command": command(), **provenance()}
+    commits = {record["commit"] for record in results.get("runs", ()) if "commit" in record}
+    made = "" if commits <= {origin["commit"]} else f" (runs made at {', '.join(sorted(commits))})"
     page = (
-        f"# {title}\n\n{text}\n\nCommand: `{origin['command']}`. Commit {origin['commit']}, torch {origin['torch']}, "
-        f"{origin['device']}.\n"
+        f"# {title}\n\n{text}\n\nCommand: `{origin['command']}`. Commit {origin['commit']}{made}, torch "
+        f"{origin['torch']}, {origin['device']}.\n"
     )
     atomic_write_json(out.with_name(out.name + ".json"), {**origin, **results})
     atomic_write_text(out.with_name(out.name + ".md"), page)
