@@ -260,7 +260,7 @@ def test_activation_checkpointing_gives_the_same_gradients(name: str) -> None:
 
 
 def test_activation_checkpointing_keeps_less_of_each_chunk() -> None:
-    model = build("self_modifying_titans")
+    model = build("self_modifying_titans", backend="torch")
     tokens = random_tokens(1, 32)
 
     def kept(on: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nestlearn.functional.associative import chunk_decay
+from nestlearn.functional.kernels.native import unavailable
+from nestlearn.layers.compiled_walk import GateReadouts, WalkPlan, WalkState, compiled_walk
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment, plan_timeline
@@ -17,6 +19,7 @@ from nestlearn.memory.mlp import InnerRule, MLPChunk, MLPMemory, MLPWeights, Wri
 
 Read = Literal["token", "previous", "chunk"]
 RetainTo = Literal["initial", "zero"]
+Backend = Literal["auto", "torch", "cpp"]
 State = dict[str, Tensor]
 
 # Below 1 the exact step of a write gate, s / (1 - s + s |a|^2), stays finite for keys near zero.
@@ -194,7 +197,7 @@ class ChunkedMemoryLayer(nn.Module):
         memory: the M memories; the last one is the main memory.
         readout: what follows the heads.
         inner_rule, momentum, read, retain_to, chunk_size, projection_chunk_size, write_scale,
-        projection_write_scale, write_bound, detach_every: as in `SelfModifyingTitans`.
+        projection_write_scale, write_bound, detach_every, backend: as in `SelfModifyingTitans`.
     """
 
     def __init__(
@@ -214,8 +217,10 @@ class ChunkedMemoryLayer(nn.Module):
         projection_write_scale: float,
         write_bound: float | None,
         detach_every: int | None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        check_choice("backend", backend, Backend)
         check_choice("inner_rule", inner_rule, InnerRule)
         check_choice("read", read, Read)
         check_choice("retain_to", retain_to, RetainTo)
@@ -244,6 +249,7 @@ class ChunkedMemoryLayer(nn.Module):
         self.projection_write_scale = projection_write_scale
         self.write_bound = write_bound
         self.detach_every = detach_every
+        self.backend: Backend = backend
         self.activation_checkpointing = False
 
     def init_state(
@@ -284,23 +290,82 @@ class ChunkedMemoryLayer(nn.Module):
         )
         with torch.autocast(x.device.type, enabled=False):
             inputs = timeline.spread(inputs).to(memory.running.inner.dtype)
-            fresh = None
-            outputs = []
-            pieces = zip(timeline.segments, timeline.cut(inputs), strict=True)
-            for number, (segment, part) in enumerate(pieces, start=1):
-                if segment.reset is not None:
-                    fresh = self._fresh(batch) if fresh is None else fresh
-                    memory = memory.reset(segment.reset, fresh)
-                if self.activation_checkpointing and torch.is_grad_enabled():
-                    out, memory = checkpoint(self._segment, part, memory, segment, use_reentrant=False)
-                else:
-                    out, memory = self._segment(part, memory, segment)
-                if self.detach_every is not None and number % self.detach_every == 0:
-                    memory = memory.detach()
-                outputs.append(out.transpose(1, 2).flatten(2))
-            o = timeline.collect(torch.cat(outputs, dim=1)) if outputs else torch.zeros_like(x)
+            if not timeline.segments:
+                o = torch.zeros_like(x)
+            elif self._compiled(inputs.device):
+                o, memory = self._compiled_walk(inputs, memory, timeline.segments)
+            else:
+                o, memory = self._walk(inputs, memory, timeline.segments)
+            o = timeline.collect(o)
         y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
         return y, {"position": timeline.position, "convolution": tail, **memory.named()}
+
+    def _walk(self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]) -> tuple[Tensor, MemoryState]:
+        """The walk in PyTorch operations, segment by segment; the specification of the compiled one.
+
+        inputs (B, places, ...) -> outputs of the heads side by side (B, places, H * V), and the state after them.
+        """
+        fresh = None
+        outputs = []
+        pieces = inputs.split([segment.stop - segment.start for segment in segments], dim=1)
+        for number, (segment, part) in enumerate(zip(segments, pieces, strict=True), start=1):
+            if segment.reset is not None:
+                fresh = self._fresh(len(inputs)) if fresh is None else fresh
+                memory = memory.reset(segment.reset, fresh)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                out, memory = checkpoint(self._segment, part, memory, segment, use_reentrant=False)
+            else:
+                out, memory = self._segment(part, memory, segment)
+            if self.detach_every is not None and number % self.detach_every == 0:
+                memory = memory.detach()
+            outputs.append(out.transpose(1, 2).flatten(2))
+        return torch.cat(outputs, dim=1), memory
+
+    def _compiled(self, device: torch.device) -> bool:
+        """Whether the compiled walk is to be taken.
+
+        Raises:
+            RuntimeError: if it was asked for by name and cannot be used.
+        """
+        if self.backend == "torch" or (self.backend == "auto" and device.type != "cpu"):
+            return False
+        reason = unavailable() if device.type == "cpu" else f"it runs on the CPU, and the model is on {device}"
+        if reason is not None and self.backend == "cpp":
+            raise RuntimeError(
+                f'backend="cpp": the compiled walk cannot be used: {reason}. backend="auto" does without'
+            )
+        return reason is None
+
+    def _compiled_walk(
+        self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]
+    ) -> tuple[Tensor, MemoryState]:
+        """`_walk` in compiled code."""
+        streams, logits, readouts = self._walk_inputs(inputs)
+        plan = WalkPlan(
+            segments=segments,
+            chunk_size=self.chunk_size,
+            projection_chunk_size=self.projection_chunk_size,
+            inner_rule=self.inner_rule,
+            read=self.read,
+            scales=self._scales(),
+            bound=self.write_bound,
+            to_initial=self.retain_to == "initial",
+            detach_every=self.detach_every,
+            **self._walk_options(),
+        )
+        out, after = compiled_walk(plan, streams, logits, readouts, self.memory.initial, WalkState(*memory))
+        memory = MemoryState(*after)
+        if self.detach_every is not None and len(segments) % self.detach_every == 0:
+            memory = memory.detach()
+        return out.transpose(1, 2).flatten(2), memory
+
+    def _walk_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor | None, GateReadouts | None]:
+        """Streams, logits and read-outs for `compiled_walk`."""
+        raise NotImplementedError
+
+    def _walk_options(self) -> dict[str, Any]:
+        """What a `WalkPlan` holds of the subclass."""
+        raise NotImplementedError
 
     def _scale(self, like: Tensor) -> Tensor:
         """The fraction of its errors that each memory writes, (M, 1, 1).
@@ -308,11 +373,13 @@ class ChunkedMemoryLayer(nn.Module):
         "gd" erases nothing, so a chunk's writes add up against one snapshot: it takes their mean, as mini-batch
         gradient descent does, or a chunk of similar keys would overshoot.
         """
+        return torch.tensor(self._scales(), dtype=like.dtype, device=like.device)[:, None, None]
+
+    def _scales(self) -> tuple[float, ...]:
         projection, main = self.projection_write_scale, self.write_scale
         if self.inner_rule == "gd":
             projection, main = projection / self.projection_chunk_size, main / self.chunk_size
-        scales = [projection] * (self.memory.inner.shape[1] - 1) + [main]
-        return torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
+        return (*[projection] * (self.memory.inner.shape[1] - 1), main)
 
     def _fresh(self, batch_size: int) -> MemoryState:
         return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)

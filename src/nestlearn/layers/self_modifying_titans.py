@@ -3,6 +3,8 @@ themselves, each with targets that it makes itself."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from nestlearn.functional.surprise import normalize
 from nestlearn.layers.chunked_memory import (
     LARGEST_GATE,
+    Backend,
     ChunkedMemoryLayer,
     MemoryState,
     Read,
@@ -20,6 +23,7 @@ from nestlearn.layers.chunked_memory import (
     spread_retention,
     write_gates,
 )
+from nestlearn.layers.compiled_walk import GateReadouts
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment
@@ -66,6 +70,9 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         initial_gate: write gate s at initialisation, in (0, 1).
         conv_width: taps of the short convolutions.
         detach_every: cut the gradient through the writes every so many chunks, counted in each call; None never.
+        backend: what walks the memories: "cpp" code that the machine's own C++ compiler builds when it is first
+            needed (CPU), "torch" operations, which can be differentiated twice, or "auto", "cpp" where that can be. The
+            results are the same to rounding.
 
     Raises:
         ValueError: if a number is out of range or a name is unknown.
@@ -93,6 +100,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         initial_gate: float = 0.5,
         conv_width: int = 4,
         detach_every: int | None = None,
+        backend: Backend = "auto",
     ) -> None:
         if not 0 < initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {initial_gate}")
@@ -115,6 +123,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             ),
             write_bound=write_bound,
             detach_every=detach_every,
+            backend=backend,
         )
         self.retention = retention
         self.negative_eigenvalues = negative_eigenvalues
@@ -130,6 +139,22 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         if momentum:
             self.momentum_readout = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
             self.momentum_bias = nn.Parameter(torch.zeros(heads))
+
+    def _walk_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor | None, GateReadouts | None]:
+        retain = (self.retain_readout, self.retain_bias) if self.retention else (None, None)
+        momentum = (self.momentum_readout, self.momentum_bias) if self.momentum else (None, None)
+        readouts = (self.gate_readout, self.gate_bias, *retain, *momentum)
+        given = GateReadouts(*(None if r is None else r.to(inputs.dtype) for r in readouts))  # type: ignore[arg-type]
+        return self.streams.split(inputs), None, given
+
+    def _walk_options(self) -> dict[str, Any]:
+        return {
+            "largest_gate": self.largest_gate,
+            "negative_eigenvalues": self.negative_eigenvalues,
+            "own_targets": True,
+            "residual_memory": self.residual_memory,
+            "adaptive_query": self.adaptive_query,
+        }
 
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
         base = base_weights(self.memory, self.retain_to)

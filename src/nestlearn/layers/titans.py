@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from nestlearn.functional.surprise import normalize
 from nestlearn.layers.chunked_memory import (
     LARGEST_GATE,
+    Backend,
     ChunkedMemoryLayer,
     MemoryState,
     Read,
@@ -18,6 +21,7 @@ from nestlearn.layers.chunked_memory import (
     spread_retention,
     write_gates,
 )
+from nestlearn.layers.compiled_walk import GateReadouts
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment
@@ -52,6 +56,7 @@ class Titans(ChunkedMemoryLayer):
         initial_gate: float = 0.5,
         conv_width: int = 4,
         detach_every: int | None = None,
+        backend: Backend = "auto",
     ) -> None:
         head_dim = dim // heads
         super().__init__(
@@ -69,6 +74,7 @@ class Titans(ChunkedMemoryLayer):
             projection_write_scale=write_scale,
             write_bound=write_bound,
             detach_every=detach_every,
+            backend=backend,
         )
         # One linear map for the logits of all gates: write, retention, and momentum if it is on.
         self.gates = nn.Linear(dim, heads * (3 if momentum else 2), bias=False)
@@ -82,6 +88,22 @@ class Titans(ChunkedMemoryLayer):
     ) -> tuple[Tensor, Tensor]:
         u, tail = self.streams(x, tail, lengths=lengths, document_starts=document_starts)
         return torch.cat([u, self.gates(x)], dim=-1), tail
+
+    def _walk_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor | None, GateReadouts | None]:
+        width = inputs.shape[-1] - self.gates.out_features
+        logits = inputs[..., width:].unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1)  # (gates, B, H, T)
+        biases: list[Tensor] = [self.gate_bias, self.retain_bias, *([self.momentum_bias] if self.momentum else [])]
+        logits = logits + torch.stack(biases)[:, None, :, None]
+        return normalize(self.streams.split(inputs[..., :width])), logits, None
+
+    def _walk_options(self) -> dict[str, Any]:
+        return {
+            "largest_gate": LARGEST_GATE,
+            "negative_eigenvalues": False,
+            "own_targets": False,
+            "residual_memory": False,
+            "adaptive_query": False,
+        }
 
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
         width = inputs.shape[-1] - self.gates.out_features

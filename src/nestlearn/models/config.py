@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from nestlearn.layers.chunked_memory import Read, RetainTo, check_choice, check_scales
+from nestlearn.layers.chunked_memory import Backend, Read, RetainTo, check_choice, check_scales
 from nestlearn.memory.continuum import Variant, check_periods
 from nestlearn.memory.mlp import InnerRule
 
@@ -62,9 +62,9 @@ class HopeConfig:
         chunk_size: tokens between snapshots of the main memory.
         projection_chunk_size: the same for the projections' memories; None for chunk_size.
         inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, residual_memory,
-        write_scale, projection_write_scale, write_bound, memory_hidden, initial_gate, detach_every: see
+        write_scale, projection_write_scale, write_bound, memory_hidden, initial_gate, detach_every, backend: see
             `nestlearn.layers.SelfModifyingTitans`; Titans takes read, retain_to, write_bound, memory_hidden,
-            initial_gate and detach_every.
+            initial_gate, detach_every and backend.
 
     Raises:
         ValueError: saying what was expected, what came, and how to mend it.
@@ -96,6 +96,7 @@ class HopeConfig:
     memory_hidden: int | None = None
     initial_gate: float = 0.5
     detach_every: int | None = None
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.cms_periods, int):
@@ -125,6 +126,7 @@ class HopeConfig:
             ("inner_rule", InnerRule),
             ("read", Read),
             ("retain_to", RetainTo),
+            ("backend", Backend),
         ):
             check_choice(name, getattr(self, name), choices)
         check_periods(self.cms_periods)

@@ -247,7 +247,7 @@ def build_mixer(config: HopeConfig) -> nn.Module:
     simple = {"linear_attention": LinearAttention, "delta_net": DeltaNet, "gated_delta_net": GatedDeltaNet}
     if config.mixer in simple:
         return simple[config.mixer](dim, heads, **chunked)
-    shared = ("read", "retain_to", "write_bound", "memory_hidden", "initial_gate", "detach_every")
+    shared = ("read", "retain_to", "write_bound", "memory_hidden", "initial_gate", "detach_every", "backend")
     chunked |= {name: getattr(config, name) for name in shared}
     if config.mixer == "titans":
         return Titans(dim, heads, **chunked)

@@ -1,0 +1,1 @@
+"""The walk of the memories in compiled code."""

@@ -1,0 +1,138 @@
+"""The walk of two-layer memories in C++ for the CPU, built with the machine's own compiler when it is first needed.
+
+The library is kept in `$XDG_CACHE_HOME/nestlearn` (by default `~/.cache/nestlearn`), named by a digest of the sources,
+the compiler and the processor. Where there is no compiler, `unavailable()` says so, and the layers take the form that
+is written in PyTorch operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = ("walk.cpp", "gates.h", "linear.h")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
+# Set to anything, this keeps the compiler from being called.
+SWITCH = "NESTLEARN_NO_COMPILER"
+
+_SIZES = (
+    "rows", "heads", "memories", "projections", "key", "hidden", "value", "chunk", "segments", "places", "rule", "read",
+    "negative_eigenvalues", "own_targets", "main_residual", "adaptive_query", "to_initial", "has_retain",
+    "has_momentum", "detach_every", "keep", "threads", "wide",
+)  # fmt: skip
+
+
+class Walk(ctypes.Structure):
+    """The arguments of a walk; walk.cpp says what each is."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in _SIZES),
+        ("bound", ctypes.c_double),
+        ("largest_gate", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("scales", "starts", "stops", "active", "reset", "completes")),
+        ("streams", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("readouts", ctypes.c_void_p * 6),
+        ("base_inner", ctypes.c_void_p),
+        ("base_outer", ctypes.c_void_p),
+        ("state", ctypes.c_void_p * 6),
+        ("out", ctypes.c_void_p),
+        ("after", ctypes.c_void_p * 6),
+        ("saved", ctypes.c_void_p * 4),
+        ("d_out", ctypes.c_void_p),
+        ("d_after", ctypes.c_void_p * 6),
+        ("d_streams", ctypes.c_void_p),
+        ("d_logits", ctypes.c_void_p),
+        ("d_readouts", ctypes.c_void_p * 6),
+        ("d_base_inner", ctypes.c_void_p),
+        ("d_base_outer", ctypes.c_void_p),
+        ("d_state", ctypes.c_void_p * 6),
+    ]
+
+
+class Unavailable(RuntimeError):
+    """The compiled walk cannot be used here; the message says why."""
+
+
+def unavailable() -> str | None:
+    """Why the compiled walk cannot be used here, or None if it can. Builds it at the first call."""
+    try:
+        _library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def run_walk(walk: Walk, *, backward: bool) -> None:
+    """Runs the walk, or its backward pass, on the memory that the arguments point to.
+
+    Raises:
+        Unavailable: if there is no compiled library.
+    """
+    _library().nestlearn_walk(ctypes.byref(walk), int(backward))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    if os.environ.get(SWITCH):
+        raise Unavailable(f"the environment variable {SWITCH} is set")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        raise Unavailable("no C++ compiler was found; install g++ or clang++, or name one in CXX")
+    folder = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=12)
+    for name in SOURCES:
+        digest.update((folder / name).read_bytes())
+    digest.update(" ".join([compiler, *FLAGS, _describe_machine(compiler)]).encode())
+    target = _cache() / f"walk-{digest.hexdigest()}.so"
+    if not target.exists():
+        _build(compiler, folder / "walk.cpp", target)
+    try:
+        library = ctypes.CDLL(str(target))
+    except OSError as error:
+        raise Unavailable(f"{target} does not load ({error}); delete it to build it again") from error
+    library.nestlearn_walk.argtypes = [ctypes.POINTER(Walk), ctypes.c_int32]
+    library.nestlearn_walk.restype = None
+    if library.nestlearn_walk_size() != ctypes.sizeof(Walk):
+        raise Unavailable("the compiled library and this module disagree about the arguments' layout")
+    return library
+
+
+def _build(compiler: str, source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            # Built aside and moved, so that processes that build at once never load half a file.
+            built = Path(folder) / target.name
+            command = [compiler, *FLAGS, "-o", str(built), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines()
+                raise Unavailable(f"{compiler} failed: {lines[0] if lines else f'exit {done.returncode}'}")
+            built.replace(target)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the walk could not be built with {compiler} in {target.parent}: {error}") from error
+
+
+def _describe_machine(compiler: str) -> str:
+    """What -march=native depends on."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    cpu = ""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        pass
+    return " ".join([*version[:1], platform.machine(), platform.processor(), cpu])
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "nestlearn"

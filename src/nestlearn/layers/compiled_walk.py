@@ -1,0 +1,233 @@
+"""The walk of a layer's memories over a sequence by the compiled code of `nestlearn.functional.kernels.native`.
+
+What is kept for the backward pass is the memories at the start of each segment; the rest of a segment is computed again
+there. The walk in PyTorch operations, `ChunkedMemoryLayer._walk`, is the specification, and the one to differentiate
+twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestlearn.functional.kernels.native import Walk, run_walk
+from nestlearn.layers.timeline import Segment
+from nestlearn.memory.mlp import InnerRule, MLPWeights
+
+RULES = ("dgd", "gd", "delta")
+READS = ("token", "previous", "chunk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkPlan:
+    """All of a walk that is no tensor to differentiate; names as in `SelfModifyingTitans` unless said.
+
+    Attributes:
+        segments: of the timeline, in order, at least one.
+        scales: the fraction of its error that each memory writes.
+        bound: of written errors, or None.
+        own_targets: whether memory i's target is its own M_i(v) (Eq. 84), or v itself (Titans).
+        to_initial: whether memories decay to the base weights; otherwise to zero, and the base is where they start.
+    """
+
+    segments: tuple[Segment, ...]
+    chunk_size: int
+    projection_chunk_size: int
+    inner_rule: InnerRule
+    read: str
+    scales: tuple[float, ...]
+    bound: float | None
+    largest_gate: float
+    negative_eigenvalues: bool
+    own_targets: bool
+    residual_memory: bool
+    adaptive_query: bool
+    to_initial: bool
+    detach_every: int | None
+
+
+class GateReadouts(NamedTuple):
+    """Slow read-outs (H, K) and biases (H,) of the write gate, the retention and the momentum; None where off."""
+
+    gate: Tensor
+    gate_bias: Tensor
+    retain: Tensor | None
+    retain_bias: Tensor | None
+    momentum: Tensor | None
+    momentum_bias: Tensor | None
+
+
+class WalkState(NamedTuple):
+    """The memories around a walk, each (B, H, M, ...), as `nestlearn.layers.chunked_memory.MemoryState`."""
+
+    running: MLPWeights
+    snapshot: MLPWeights
+    momentum: MLPWeights | None
+
+
+def compiled_walk(
+    plan: WalkPlan,
+    streams: Tensor,
+    logits: Tensor | None,
+    readouts: GateReadouts | None,
+    base: MLPWeights,
+    state: WalkState,
+) -> tuple[Tensor, WalkState]:
+    """Walks the memories over a sequence on the CPU, in fp32 or fp64; differentiable once.
+
+    Args:
+        plan: see there.
+        streams: (S, B, H, T, K): q, k, v and the gates' input (self-modifying), or q, k, v normalised.
+        logits: (2 or 3, B, H, T) of the gates where they are given, otherwise None.
+        readouts: of the gates where memories make their logits, otherwise None.
+        base: the initial memories (H, M, ...).
+        state: before the first token.
+
+    Returns:
+        outputs of the heads (B, H, T, V), and the state after the last token.
+    """
+    given = [streams, logits, *(readouts or (None,) * 6), *base]
+    out, *after = _CompiledWalk.apply(plan, *given, *state.running, *state.snapshot, *(state.momentum or (None, None)))
+    running = MLPWeights(after[0], after[1])
+    last = plan.segments[-1]
+    together = last.completes(plan.chunk_size) is True and last.completes(plan.projection_chunk_size) is True
+    snapshot = running if together else MLPWeights(after[2], after[3])
+    return out, WalkState(running, snapshot, None if state.momentum is None else MLPWeights(after[4], after[5]))
+
+
+class _CompiledWalk(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, plan: WalkPlan, streams: Tensor, logits: Tensor | None, *rest: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        streams = streams.contiguous()
+        tensors = [streams, *(None if t is None else t.contiguous() for t in (logits, *rest))]
+        states = tensors[10:]
+        inner, outer = tensors[8], tensors[9]
+        assert inner is not None and outer is not None
+        out = streams.new_empty(*streams.shape[1:4], outer.shape[-2])
+        after = [None if w is None else torch.empty_like(w) for w in states]
+        keep = any(ctx.needs_input_grad)
+        saved: list[Tensor | None] = [None] * 4
+        if keep:
+            kept = (states[0], states[1], states[4], states[5])
+            saved = [None if w is None else w.new_empty(len(plan.segments), *w.shape) for w in kept]
+        walk, alive = _arguments(plan, tensors)
+        walk.keep = int(keep)
+        walk.out = out.data_ptr()
+        _point(walk.after, after)
+        _point(walk.saved, saved)
+        run_walk(walk, backward=False)
+        del alive
+        if keep:
+            ctx.plan = plan
+            ctx.present = [t is not None for t in (*tensors, *saved)]
+            ctx.save_for_backward(*(t for t in (*tensors, *saved) if t is not None))
+        return (out, *after)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, *d_after: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'the compiled walk is differentiable once, and create_graph=True asks for more: set backend="torch" in '
+                "the model's configuration, or on its memory layers, for second derivatives"
+            )
+        plan: WalkPlan = ctx.plan
+        iterator = iter(ctx.saved_tensors)
+        found = [next(iterator) if present else None for present in ctx.present]
+        tensors, saved = found[:-4], found[-4:]
+        streams, logits = tensors[0], tensors[1]
+        assert streams is not None
+        rows = streams.shape[1]
+        states = tensors[10:]
+        walk, alive = _arguments(plan, tensors)
+        d_streams = torch.empty_like(streams)
+        d_logits = None if logits is None else torch.empty_like(logits)
+        d_readouts = [None if r is None else r.new_zeros(rows, *r.shape) for r in tensors[2:8]]
+        d_base = [w.new_zeros(rows, *w.shape) for w in tensors[8:10] if w is not None]
+        d_state = [None if w is None else torch.empty_like(w) for w in states]
+        given = [None if g is None else g.contiguous() for g in d_after]
+        d_out = d_out.contiguous()
+        walk.d_out = d_out.data_ptr()
+        _point(walk.saved, saved)
+        _point(walk.d_after, given)
+        walk.d_streams = d_streams.data_ptr()
+        walk.d_logits = None if d_logits is None else d_logits.data_ptr()
+        _point(walk.d_readouts, d_readouts)
+        walk.d_base_inner, walk.d_base_outer = (w.data_ptr() for w in d_base)
+        _point(walk.d_state, d_state)
+        run_walk(walk, backward=True)
+        del alive
+        parameters = [None if g is None else g.sum(0) for g in (*d_readouts, *d_base)]
+        return (None, d_streams, d_logits, *parameters, *d_state)
+
+
+def _point(pointers: Any, tensors: list[Tensor | None]) -> None:
+    for i, tensor in enumerate(tensors):
+        pointers[i] = None if tensor is None else tensor.data_ptr()
+
+
+def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list[Tensor]]:
+    """The arguments that both directions share, and what must stay alive while they are used."""
+    streams, logits, base_inner, base_outer = tensors[0], tensors[1], tensors[8], tensors[9]
+    assert streams is not None and base_inner is not None and base_outer is not None
+    segments = plan.segments
+    rows, heads = streams.shape[1:3]
+    scales = torch.tensor(plan.scales, dtype=torch.float64)
+    starts = torch.tensor([s.start for s in segments], dtype=torch.int32)
+    stops = torch.tensor([s.stop for s in segments], dtype=torch.int32)
+    reset = torch.zeros(len(segments), rows, dtype=torch.bool)
+    completes = torch.zeros(2, len(segments), rows, dtype=torch.bool)
+    active = None
+    for i, segment in enumerate(segments):
+        if segment.reset is not None:
+            reset[i] = segment.reset
+        for j, size in enumerate((plan.chunk_size, plan.projection_chunk_size)):
+            completes[j, i] = segment.completes(size)
+        if segment.active is not None:
+            if active is None:
+                active = torch.ones(rows, streams.shape[3], dtype=torch.bool)
+            active[:, segment.start : segment.stop] = segment.active
+    walk = Walk(
+        rows=rows,
+        heads=heads,
+        memories=base_inner.shape[1],
+        projections=base_inner.shape[1] - 1,
+        key=base_inner.shape[3],
+        hidden=base_inner.shape[2],
+        value=base_outer.shape[2],
+        chunk=max(s.stop - s.start for s in segments),
+        segments=len(segments),
+        places=streams.shape[3],
+        rule=RULES.index(plan.inner_rule),
+        read=READS.index(plan.read),
+        negative_eigenvalues=plan.negative_eigenvalues,
+        own_targets=plan.own_targets,
+        main_residual=plan.residual_memory,
+        adaptive_query=plan.adaptive_query,
+        to_initial=plan.to_initial,
+        has_retain=logits is not None or tensors[4] is not None,
+        has_momentum=tensors[14] is not None,
+        detach_every=plan.detach_every or 0,
+        threads=torch.get_num_threads(),
+        wide=streams.dtype == torch.float64,
+        bound=plan.bound or 0.0,
+        largest_gate=plan.largest_gate,
+        scales=scales.data_ptr(),
+        starts=starts.data_ptr(),
+        stops=stops.data_ptr(),
+        active=None if active is None else active.data_ptr(),
+        reset=reset.data_ptr(),
+        completes=completes.data_ptr(),
+        streams=streams.data_ptr(),
+        logits=None if logits is None else logits.data_ptr(),
+        base_inner=base_inner.data_ptr(),
+        base_outer=base_outer.data_ptr(),
+    )
+    _point(walk.readouts, tensors[2:8])
+    _point(walk.state, tensors[10:])
+    alive = [scales, starts, stops, reset, completes, *([] if active is None else [active])]
+    return walk, alive
