@@ -10,10 +10,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nestlearn.functional.associative import chunk_decay
+from nestlearn.layers.decoding import advance_, without_autocast, writable
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment, plan_timeline
 from nestlearn.memory.mlp import InnerRule, MLPChunk, MLPMemory, MLPWeights, WriteGates, read_mlp, read_mlp_chunk
+from nestlearn.memory.token import TokenGates, read_token
 
 Read = Literal["token", "previous", "chunk"]
 RetainTo = Literal["initial", "zero"]
@@ -137,6 +139,17 @@ def write_gates(
     )
 
 
+def token_gates(
+    gate_logits: Tensor, retain_logits: Tensor | None, momentum_logits: Tensor | None, *, largest_gate: float
+) -> TokenGates:
+    """`write_gates` of one token, from logits (B, H)."""
+
+    def gate(logits: Tensor | None) -> Tensor | None:
+        return None if logits is None else torch.sigmoid(logits).view(-1, 1)
+
+    return TokenGates(torch.sigmoid(gate_logits).view(-1, 1) * largest_gate, gate(retain_logits), gate(momentum_logits))
+
+
 def read_main(
     chunk: MLPChunk,
     base: MLPWeights | None,
@@ -154,6 +167,14 @@ def read_main(
         return read_mlp_chunk(chunk, base, state.running, state.momentum, keys, queries, gates, read=read)
     whole = state.snapshot.add(base)
     return read_mlp(MLPWeights(whole.inner[:, :, -1], whole.outer[:, :, -1]), queries)
+
+
+def decode_main(base: MLPWeights | None, weights: MLPWeights, queries: Tensor) -> Tensor:
+    """Reads the main memory, the last one, of base + weights (B, H, M, ...): queries (B H, 1, K) -> (B H, 1, V)."""
+    inner, outer = weights.inner[:, :, -1], weights.outer[:, :, -1]
+    if base is not None:
+        inner, outer = inner + base.inner[:, -1], outer + base.outer[:, -1]
+    return read_token(inner.flatten(0, 1), outer.flatten(0, 1), queries)
 
 
 def spread_retention(heads: int, shortest: float = 64.0, longest: float = 16384.0) -> Tensor:
@@ -302,6 +323,23 @@ class ChunkedMemoryLayer(nn.Module):
         y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
         return y, {"position": timeline.position, "convolution": tail, **memory.named()}
 
+    @torch.no_grad()
+    def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token x (B, 1, D) -> (B, 1, D) without gradients; overwrites `state`. Otherwise equal to `forward`."""
+        state = writable(state)
+        memory = MemoryState.of(state)
+        inputs, state["convolution"] = self._decode_inputs(x, state["convolution"])
+        with without_autocast(x.device.type):
+            o = self._token(inputs[:, 0].to(memory.running.inner.dtype), memory)
+        advance_(
+            state["position"],
+            memory.running,
+            memory.snapshot,
+            chunk_size=self.chunk_size,
+            projection_chunk_size=self.projection_chunk_size,
+        )
+        return self.readout(o.unsqueeze(2).to(x.dtype), x), state
+
     def _scale(self, like: Tensor) -> Tensor:
         """The fraction of its errors that each memory writes, (M, 1, 1).
 
@@ -322,6 +360,14 @@ class ChunkedMemoryLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """All that is known of each token before the walk, side by side (B, T, ...), and the convolution's tail."""
         return self.streams(x, tail, lengths=lengths, document_starts=document_starts)
+
+    def _decode_inputs(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """`_inputs` of one token, (B, 1, ...)."""
+        return self.streams.decode_step(x, tail)
+
+    def _token(self, inputs: Tensor, state: MemoryState) -> Tensor:
+        """One token: inputs (B, ...) -> outputs (B, H, V); the running memories and momenta are written in place."""
+        raise NotImplementedError
 
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
         """One stretch inside a chunk: inputs (B, C, ...) -> outputs (B, H, C, V) and the state after it."""
