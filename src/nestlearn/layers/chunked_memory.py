@@ -10,11 +10,21 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nestlearn.functional.associative import chunk_decay
+from nestlearn.functional.constants import constant
 from nestlearn.layers.decoding import advance_, without_autocast, writable
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment, plan_timeline
-from nestlearn.memory.mlp import InnerRule, MLPChunk, MLPMemory, MLPWeights, WriteGates, read_mlp, read_mlp_chunk
+from nestlearn.memory.mlp import (
+    InnerRule,
+    MLPChunk,
+    MLPMemory,
+    MLPWeights,
+    WriteGates,
+    WriteScales,
+    read_mlp,
+    read_mlp_chunk,
+)
 from nestlearn.memory.token import TokenGates, read_token
 
 Read = Literal["token", "previous", "chunk"]
@@ -147,7 +157,8 @@ def token_gates(
     def gate(logits: Tensor | None) -> Tensor | None:
         return None if logits is None else torch.sigmoid(logits).view(-1, 1)
 
-    return TokenGates(torch.sigmoid(gate_logits).view(-1, 1) * largest_gate, gate(retain_logits), gate(momentum_logits))
+    largest = constant(largest_gate, gate_logits.dtype, gate_logits.device)
+    return TokenGates(torch.sigmoid(gate_logits).mul_(largest).view(-1, 1), gate(retain_logits), gate(momentum_logits))
 
 
 def read_main(
@@ -346,11 +357,16 @@ class ChunkedMemoryLayer(nn.Module):
         "gd" erases nothing, so a chunk's writes add up against one snapshot: it takes their mean, as mini-batch
         gradient descent does, or a chunk of similar keys would overshoot.
         """
-        projection, main = self.projection_write_scale, self.write_scale
-        if self.inner_rule == "gd":
-            projection, main = projection / self.projection_chunk_size, main / self.chunk_size
-        scales = [projection] * (self.memory.inner.shape[1] - 1) + [main]
+        own = self._scales()
+        scales = [own.projections] * (self.memory.inner.shape[1] - 1) + [own.main]
         return torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
+
+    def _scales(self) -> WriteScales:
+        if self.inner_rule == "gd":
+            return WriteScales(
+                self.write_scale / self.chunk_size, self.projection_write_scale / self.projection_chunk_size
+            )
+        return WriteScales(self.write_scale, self.projection_write_scale)
 
     def _fresh(self, batch_size: int) -> MemoryState:
         return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from nestlearn.memory.mlp import MLPWeights
+from nestlearn.memory.mlp import MLPMemory, MLPWeights
 
 State = dict[str, Tensor]
 
@@ -23,17 +25,45 @@ def writable(state: State) -> State:
     frozen = not torch.is_inference_mode_enabled()
     for name, tensor in state.items():
         address = tensor.data_ptr()
-        if (
-            address in taken
-            or tensor.requires_grad
-            or not tensor.is_contiguous()
-            or (frozen and tensor.is_inference())
-        ):
+        if address in taken or tensor.requires_grad or not tensor.is_contiguous() or (frozen and tensor.is_inference()):
             tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
             address = tensor.data_ptr()
         taken.add(address)
         own[name] = tensor
     return own
+
+
+class _Sum(NamedTuple):
+    alive: ref[Tensor]
+    versions: tuple[int, ...]
+    weights: MLPWeights
+
+
+# M_0 + D of the snapshots in use, by the id of their inner weights. To add up a whole state for each token would cost
+# as much as all products with it.
+_sums: dict[int, _Sum] = {}
+
+
+def add_base(snapshot: MLPWeights, memory: MLPMemory) -> MLPWeights:
+    """memory.initial + snapshot, remembered as long as the snapshot lives and until one of the two is changed.
+
+    This is no state: what it returns is always the sum. Changes are told by the version counters of the tensors; one
+    made through `.data`, which bypasses them, is seen at the end of the chunk only.
+    """
+    inner, outer = memory.inner, memory.outer
+    try:
+        versions = (
+            *(snapshot.inner._version, snapshot.outer._version, inner._version, outer._version),
+            *(id(snapshot.outer), id(inner), id(outer), inner.data_ptr(), outer.data_ptr()),
+        )
+    except RuntimeError:  # inference tensors count no versions
+        return snapshot.add(memory.initial)
+    key = id(snapshot.inner)
+    known = _sums.get(key)
+    if known is None or known.versions != versions or known.alive() is not snapshot.inner:
+        whole = snapshot.add(memory.initial)
+        known = _sums[key] = _Sum(ref(snapshot.inner, lambda _: _sums.pop(key, None)), versions, whole)
+    return known.weights
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

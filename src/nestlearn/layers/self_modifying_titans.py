@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.functional.rms_norm import normalize_token
 from nestlearn.functional.surprise import normalize
 from nestlearn.layers.chunked_memory import (
     LARGEST_GATE,
@@ -22,6 +23,7 @@ from nestlearn.layers.chunked_memory import (
     token_gates,
     write_gates,
 )
+from nestlearn.layers.decoding import add_base
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment
@@ -187,7 +189,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         # The same in the same order for one token; N = B H rows.
         running = state.running
         base = base_weights(self.memory, self.retain_to)
-        whole = state.snapshot.add(base)
+        whole = state.snapshot if base is None else add_base(state.snapshot, self.memory)
         batch, heads, memories, width, dim = running.inner.shape
         rows = batch * heads
         inner, outer = whole.inner.view(-1, width, dim), whole.outer.view(-1, dim, width)
@@ -195,12 +197,11 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         # Eq. 83. Every memory is read, which is cheaper than to leave one out; q takes the fifth place.
         u_q, u_k, u_v, u_g = inputs.view(batch, 4, heads, dim).unbind(1)
         u = torch.stack([u_k, u_v, u_g, u_g, u_q, u_q][:memories], dim=2)
-        projected = u.view(-1, 1, dim) + read_token(inner, outer, u.view(-1, 1, dim))
-        projected = projected.view(batch, heads, memories, dim)
+        projected = read_token(inner, outer, u.view(-1, 1, dim), residual=True).view(batch, heads, memories, dim)
         rate, retention = projected[:, :, 2], projected[:, :, 3]
         if not self.adaptive_query:
             projected[:, :, 4] = u_q
-        unit = normalize(projected).view(rows, memories, dim)
+        unit = normalize_token(projected).view(rows, memories, dim)
         pair, key, value, query = unit[:, :2], unit[:, :1], unit[:, 1:2], unit[:, 4:5]
         gates = token_gates(
             _logit(rate, self.gate_readout, self.gate_bias),
@@ -236,7 +237,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             rule=self.inner_rule,
             negative_eigenvalues=self.negative_eigenvalues,
             bound=self.write_bound,
-            scale=self._scale(key).view(-1),
+            scale=self._scales(),
         )
         if self.read == "token":
             out = decode_main(base, running, query)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.functional.rms_norm import normalize_token
 from nestlearn.functional.surprise import normalize
 from nestlearn.layers.chunked_memory import (
     LARGEST_GATE,
@@ -20,6 +21,7 @@ from nestlearn.layers.chunked_memory import (
     token_gates,
     write_gates,
 )
+from nestlearn.layers.decoding import add_base
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment
@@ -127,12 +129,12 @@ class Titans(ChunkedMemoryLayer):
         # The same for one token; N = B H rows.
         running = state.running
         base = base_weights(self.memory, self.retain_to)
-        whole = state.snapshot.add(base)
+        whole = state.snapshot if base is None else add_base(state.snapshot, self.memory)
         batch, heads, _, width, dim = running.inner.shape
         rows = batch * heads
         inner, outer = whole.inner.view(rows, width, dim), whole.outer.view(rows, dim, width)
         u = inputs[:, : -self.gates.out_features].view(batch, 3, heads, dim)
-        query, key, value = (x.reshape(rows, 1, dim) for x in normalize(u).unbind(1))
+        query, key, value = (x.reshape(rows, 1, dim) for x in normalize_token(u).unbind(1))
         logits = inputs[:, -self.gates.out_features :].view(batch, -1, heads)
         gates = token_gates(
             logits[:, 0] + self.gate_bias,
@@ -159,7 +161,7 @@ class Titans(ChunkedMemoryLayer):
             gates,
             rule=self.inner_rule,
             bound=self.write_bound,
-            scale=self._scale(key).view(-1),
+            scale=self._scales(),
         )
         if self.read == "token":
             out = decode_main(base, running, query)
