@@ -161,7 +161,7 @@ def test_without_gradients_the_same_comes_out() -> None:
     y, state = layer(x)
     with torch.no_grad():
         again, state_again = layer(x)
-    assert torch.equal(y, again)
+    torch.testing.assert_close(again, y, rtol=0, atol=1e-13)  # the layer's norm takes another form without gradients
     assert all(torch.equal(state[name], state_again[name]) for name in state)
 
 

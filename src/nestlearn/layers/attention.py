@@ -255,17 +255,22 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, state: State, *, scale: f
     A full cache grows by half, so that n steps copy O(n) tokens and not O(n^2).
     """
     position = state["position"]
-    longest = int(position.max())
+    places = position.tolist()
+    longest = max(places)
+    aligned = min(places) == longest
     capacity = state["keys"].shape[2]
     if longest >= capacity:
         room = (0, 0, 0, max(64, capacity // 2))
         state["keys"], state["values"] = F.pad(state["keys"], room), F.pad(state["values"], room)
-    row = torch.arange(q.shape[0], device=q.device)
-    state["keys"][row, :, position] = k[:, 0].to(state["keys"].dtype)
-    state["values"][row, :, position] = v[:, 0].to(state["values"].dtype)
+    row = None if aligned else torch.arange(q.shape[0], device=q.device)
+    for name, new in (("keys", k), ("values", v)):
+        if row is None:
+            state[name][:, :, longest] = new[:, 0]
+        else:
+            state[name][row, :, position] = new[:, 0].to(state[name].dtype)
     keys, values = (state[name][:, :, : longest + 1].to(q.dtype) for name in ("keys", "values"))
     mask = None
-    if not bool((position == longest).all()):
+    if not aligned:
         mask = torch.arange(longest + 1, device=q.device) <= position.view(-1, 1, 1, 1)
     state["position"] = position + 1
     return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, scale=scale)

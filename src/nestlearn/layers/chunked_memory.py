@@ -10,12 +10,24 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nestlearn.functional.associative import chunk_decay
+from nestlearn.functional.constants import constant
 from nestlearn.functional.kernels.native import unavailable
-from nestlearn.layers.compiled_walk import GateReadouts, WalkPlan, WalkState, compiled_walk
+from nestlearn.layers.compiled_walk import GateReadouts, WalkPlan, WalkState, compiled_walk, compiled_walk_
+from nestlearn.layers.decoding import advance_, without_autocast, writable
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment, plan_timeline
-from nestlearn.memory.mlp import InnerRule, MLPChunk, MLPMemory, MLPWeights, WriteGates, read_mlp, read_mlp_chunk
+from nestlearn.memory.mlp import (
+    InnerRule,
+    MLPChunk,
+    MLPMemory,
+    MLPWeights,
+    WriteGates,
+    WriteScales,
+    read_mlp,
+    read_mlp_chunk,
+)
+from nestlearn.memory.token import TokenGates, read_token
 
 Read = Literal["token", "previous", "chunk"]
 RetainTo = Literal["initial", "zero"]
@@ -140,6 +152,18 @@ def write_gates(
     )
 
 
+def token_gates(
+    gate_logits: Tensor, retain_logits: Tensor | None, momentum_logits: Tensor | None, *, largest_gate: float
+) -> TokenGates:
+    """`write_gates` of one token, from logits (B, H)."""
+
+    def gate(logits: Tensor | None) -> Tensor | None:
+        return None if logits is None else torch.sigmoid(logits).view(-1, 1)
+
+    largest = constant(largest_gate, gate_logits.dtype, gate_logits.device)
+    return TokenGates(torch.sigmoid(gate_logits).mul_(largest).view(-1, 1), gate(retain_logits), gate(momentum_logits))
+
+
 def read_main(
     chunk: MLPChunk,
     base: MLPWeights | None,
@@ -157,6 +181,14 @@ def read_main(
         return read_mlp_chunk(chunk, base, state.running, state.momentum, keys, queries, gates, read=read)
     whole = state.snapshot.add(base)
     return read_mlp(MLPWeights(whole.inner[:, :, -1], whole.outer[:, :, -1]), queries)
+
+
+def decode_main(base: MLPWeights | None, weights: MLPWeights, queries: Tensor) -> Tensor:
+    """Reads the main memory, the last one, of base + weights (B, H, M, ...): queries (B H, 1, K) -> (B H, 1, V)."""
+    inner, outer = weights.inner[:, :, -1], weights.outer[:, :, -1]
+    if base is not None:
+        inner, outer = inner + base.inner[:, -1], outer + base.outer[:, -1]
+    return read_token(inner.flatten(0, 1), outer.flatten(0, 1), queries)
 
 
 def spread_retention(heads: int, shortest: float = 64.0, longest: float = 16384.0) -> Tensor:
@@ -300,6 +332,26 @@ class ChunkedMemoryLayer(nn.Module):
         y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
         return y, {"position": timeline.position, "convolution": tail, **memory.named()}
 
+    @torch.no_grad()
+    def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token x (B, 1, D) -> (B, 1, D) without gradients; overwrites `state`. Otherwise equal to `forward`."""
+        state = writable(state)
+        memory = MemoryState.of(state)
+        inputs, state["convolution"] = self._decode_inputs(x, state["convolution"])
+        with without_autocast(x.device.type):
+            inputs = inputs.to(memory.running.inner.dtype)
+            if self._compiled(x.device):
+                return self.readout(self._compiled_token(inputs, memory, state["position"]).to(x.dtype), x), state
+            o = self._token(inputs[:, 0], memory)
+        advance_(
+            state["position"],
+            memory.running,
+            memory.snapshot,
+            chunk_size=self.chunk_size,
+            projection_chunk_size=self.projection_chunk_size,
+        )
+        return self.readout(o.unsqueeze(2).to(x.dtype), x), state
+
     def _walk(self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]) -> tuple[Tensor, MemoryState]:
         """The walk in PyTorch operations, segment by segment; the specification of the compiled one.
 
@@ -340,24 +392,37 @@ class ChunkedMemoryLayer(nn.Module):
         self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]
     ) -> tuple[Tensor, MemoryState]:
         """`_walk` in compiled code."""
+        plan = self._plan(segments)
         streams, logits, readouts = self._walk_inputs(inputs)
-        plan = WalkPlan(
-            segments=segments,
-            chunk_size=self.chunk_size,
-            projection_chunk_size=self.projection_chunk_size,
-            inner_rule=self.inner_rule,
-            read=self.read,
-            scales=self._scales(),
-            bound=self.write_bound,
-            to_initial=self.retain_to == "initial",
-            detach_every=self.detach_every,
-            **self._walk_options(),
-        )
         out, after = compiled_walk(plan, streams, logits, readouts, self.memory.initial, WalkState(*memory))
         memory = MemoryState(*after)
         if self.detach_every is not None and len(segments) % self.detach_every == 0:
             memory = memory.detach()
         return out.transpose(1, 2).flatten(2), memory
+
+    def _compiled_token(self, inputs: Tensor, memory: MemoryState, position: Tensor) -> Tensor:
+        """One token in compiled code, (B, 1, ...) -> (B, H, 1, V); memories and position are written in place."""
+        position.add_(1)
+        segment = Segment(0, 1, position, None, None, None)
+        streams, logits, readouts = self._walk_inputs(inputs)
+        out = compiled_walk_(self._plan((segment,)), streams, logits, readouts, self.memory.initial, WalkState(*memory))
+        position.remainder_(max(self.chunk_size, self.projection_chunk_size))
+        return out
+
+    def _plan(self, segments: tuple[Segment, ...]) -> WalkPlan:
+        scales = self._scales()
+        return WalkPlan(
+            segments=segments,
+            chunk_size=self.chunk_size,
+            projection_chunk_size=self.projection_chunk_size,
+            inner_rule=self.inner_rule,
+            read=self.read,
+            scales=(*[scales.projections] * (self.memory.inner.shape[1] - 1), scales.main),
+            bound=self.write_bound,
+            to_initial=self.retain_to == "initial",
+            detach_every=self.detach_every,
+            **self._walk_options(),
+        )
 
     def _walk_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor | None, GateReadouts | None]:
         """Streams, logits and read-outs for `compiled_walk`."""
@@ -373,13 +438,16 @@ class ChunkedMemoryLayer(nn.Module):
         "gd" erases nothing, so a chunk's writes add up against one snapshot: it takes their mean, as mini-batch
         gradient descent does, or a chunk of similar keys would overshoot.
         """
-        return torch.tensor(self._scales(), dtype=like.dtype, device=like.device)[:, None, None]
+        own = self._scales()
+        scales = [own.projections] * (self.memory.inner.shape[1] - 1) + [own.main]
+        return torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
 
-    def _scales(self) -> tuple[float, ...]:
-        projection, main = self.projection_write_scale, self.write_scale
+    def _scales(self) -> WriteScales:
         if self.inner_rule == "gd":
-            projection, main = projection / self.projection_chunk_size, main / self.chunk_size
-        return (*[projection] * (self.memory.inner.shape[1] - 1), main)
+            return WriteScales(
+                self.write_scale / self.chunk_size, self.projection_write_scale / self.projection_chunk_size
+            )
+        return WriteScales(self.write_scale, self.projection_write_scale)
 
     def _fresh(self, batch_size: int) -> MemoryState:
         return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)
@@ -389,6 +457,14 @@ class ChunkedMemoryLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """All that is known of each token before the walk, side by side (B, T, ...), and the convolution's tail."""
         return self.streams(x, tail, lengths=lengths, document_starts=document_starts)
+
+    def _decode_inputs(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """`_inputs` of one token, (B, 1, ...)."""
+        return self.streams.decode_step(x, tail)
+
+    def _token(self, inputs: Tensor, state: MemoryState) -> Tensor:
+        """One token: inputs (B, ...) -> outputs (B, H, V); the running memories and momenta are written in place."""
+        raise NotImplementedError
 
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
         """One stretch inside a chunk: inputs (B, C, ...) -> outputs (B, H, C, V) and the state after it."""

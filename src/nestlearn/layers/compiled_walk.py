@@ -98,6 +98,27 @@ def compiled_walk(
     return out, WalkState(running, snapshot, None if state.momentum is None else MLPWeights(after[4], after[5]))
 
 
+def compiled_walk_(
+    plan: WalkPlan,
+    streams: Tensor,
+    logits: Tensor | None,
+    readouts: GateReadouts | None,
+    base: MLPWeights,
+    state: WalkState,
+) -> Tensor:
+    """`compiled_walk` without gradients, which writes the given state in place; returns the outputs alone."""
+    given = [streams, logits, *(readouts or (None,) * 6), *base]
+    tensors = [None if t is None else t.detach().contiguous() for t in given]
+    states: list[Tensor | None] = [*state.running, *state.snapshot, *(state.momentum or (None, None))]
+    out = streams.new_empty(*streams.shape[1:4], base.outer.shape[-2])
+    walk, alive = _arguments(plan, [*tensors, *states])
+    walk.out = out.data_ptr()
+    _point(walk.after, states)
+    run_walk(walk, backward=False)
+    del alive
+    return out
+
+
 class _CompiledWalk(torch.autograd.Function):
     @staticmethod
     def forward(

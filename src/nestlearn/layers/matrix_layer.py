@@ -7,11 +7,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nestlearn.functional.associative import Decay, associative_chunk, chunk_decay
+from nestlearn.functional.rms_norm import normalize_token
 from nestlearn.functional.surprise import normalize
+from nestlearn.layers.decoding import without_autocast, writable
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import plan_timeline
 from nestlearn.memory.matrix import MatrixMemory
+from nestlearn.memory.token import write_token_
 
 State = dict[str, Tensor]
 
@@ -101,6 +104,31 @@ class MatrixMemoryLayer(nn.Module):
             o = timeline.collect(torch.cat(outputs, dim=1)) if outputs else torch.zeros_like(x)
         y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
         return y, {"convolution": tail, "memory": memory}
+
+    @torch.no_grad()
+    def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token x (B, 1, D) -> (B, 1, D) without gradients; overwrites `state`. Otherwise equal to `forward`."""
+        state = writable(state)
+        u, state["convolution"] = self.streams.decode_step(x, state["convolution"])
+        logits = None if self.gates is None else self.gates(x)
+        memory = state["memory"]
+        batch, heads, _, dim = memory.shape
+        with without_autocast(x.device.type):
+            u = u.to(memory.dtype).view(batch, 3, heads, dim)
+            if logits is not None:
+                logits = logits.to(memory.dtype).view(batch, -1, heads, 1).transpose(0, 1)
+            log_retain, erase, write = self.strengths(logits, u[:, 0, :, :1])
+            query, key = (part.reshape(-1, 1, dim) for part in normalize_token(u[:, :2]).unbind(1))
+            write_token_(
+                memory.view(-1, dim, dim),
+                key,
+                u[:, 2].reshape(-1, 1, dim),
+                retain=log_retain.exp().reshape(-1, 1, 1),
+                erase=None if erase is None else erase.reshape(-1, 1, 1),
+                write=write.reshape(-1, 1, 1),
+            )
+            o = torch.bmm(query, memory.view(-1, dim, dim).mT).view(batch, heads, 1, dim)
+        return self.readout(o.to(x.dtype), x), state
 
     def _chunk(self, inputs: Tensor, memory: Tensor, active: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
         queries, keys, values = self.streams.split(inputs[..., :width])

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestlearn.functional.rms_norm import RMSNorm
+
 __all__ = ["GatedReadout"]
 
 
@@ -15,7 +17,7 @@ class GatedReadout(nn.Module):
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm = RMSNorm(head_dim, eps=1e-6)
         self.gate = nn.Linear(dim, heads * head_dim, bias=False)
         self.output = nn.Linear(heads * head_dim, dim, bias=False)
 

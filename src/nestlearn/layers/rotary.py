@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, H heads, Dh head width. Half-split layout: channel i is paired with channel i + Dh / 2.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,10 +21,18 @@ def rotary_table(
     the result is in `dtype`, at least fp32.
     """
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
-    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide)
-    angle = positions.to(wide).unsqueeze(-1) * base ** (-pair / head_dim)
+    angle = positions.to(wide).unsqueeze(-1) * _frequencies(head_dim, base, wide, positions.device)
     dtype = torch.promote_types(dtype, torch.float32)
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What each pair turns by per token, (Dh / 2,); shared and never written to."""
+    with torch.inference_mode(False):
+        pair = torch.arange(0, head_dim, 2, device=device, dtype=dtype)
+        frequencies: Tensor = base ** (-pair / head_dim)
+        return frequencies
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

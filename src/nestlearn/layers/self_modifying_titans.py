@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.functional.rms_norm import normalize_token
 from nestlearn.functional.surprise import normalize
 from nestlearn.layers.chunked_memory import (
     LARGEST_GATE,
@@ -19,15 +20,19 @@ from nestlearn.layers.chunked_memory import (
     RetainTo,
     base_weights,
     check_choice,
+    decode_main,
     read_main,
     spread_retention,
+    token_gates,
     write_gates,
 )
 from nestlearn.layers.compiled_walk import GateReadouts
+from nestlearn.layers.decoding import add_base
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment
 from nestlearn.memory.mlp import STABLE_SCALES, InnerRule, MLPMemory, MLPWeights, read_mlp, write_mlp_chunk
+from nestlearn.memory.token import read_token, write_mlp_token_
 
 
 class SelfModifyingTitans(ChunkedMemoryLayer):
@@ -205,6 +210,66 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             out = out + queries
         return out, self._after(state, chunk, segment)
 
+    def _token(self, inputs: Tensor, state: MemoryState) -> Tensor:
+        # The same in the same order for one token; N = B H rows.
+        running = state.running
+        base = base_weights(self.memory, self.retain_to)
+        whole = state.snapshot if base is None else add_base(state.snapshot, self.memory)
+        batch, heads, memories, width, dim = running.inner.shape
+        rows = batch * heads
+        inner, outer = whole.inner.view(-1, width, dim), whole.outer.view(-1, dim, width)
+
+        # Eq. 83. Every memory is read, which is cheaper than to leave one out; q takes the fifth place.
+        u_q, u_k, u_v, u_g = inputs.view(batch, 4, heads, dim).unbind(1)
+        u = torch.stack([u_k, u_v, u_g, u_g, u_q, u_q][:memories], dim=2)
+        projected = read_token(inner, outer, u.view(-1, 1, dim), residual=True).view(batch, heads, memories, dim)
+        rate, retention = projected[:, :, 2], projected[:, :, 3]
+        if not self.adaptive_query:
+            projected[:, :, 4] = u_q
+        unit = normalize_token(projected).view(rows, memories, dim)
+        pair, key, value, query = unit[:, :2], unit[:, :1], unit[:, 1:2], unit[:, 4:5]
+        gates = token_gates(
+            _logit(rate, self.gate_readout, self.gate_bias),
+            _logit(retention, self.retain_readout, self.retain_bias) if self.retention else None,
+            _logit(rate, self.momentum_readout, self.momentum_bias) if self.momentum else None,
+            largest_gate=self.largest_gate,
+        )
+
+        # Eq. 84, 85: target - M(k).
+        z = torch.bmm(pair, inner.view(rows, -1, dim).mT)
+        hidden = F.silu(z).view(rows, 2, memories, width)
+        difference = hidden[:, 1] - hidden[:, 0]
+        surprise = torch.bmm(difference.view(-1, 1, width), outer.mT).view(rows, memories, dim)
+        surprise += value
+        residual = surprise if self.residual_memory else surprise[:, :-1]
+        residual -= key
+
+        if self.read == "chunk":
+            out = decode_main(None, whole, query)
+        elif self.read == "previous":
+            out = decode_main(base, running, query)
+        # Eq. 88, 90.
+        write_mlp_token_(
+            running,
+            state.snapshot,
+            state.momentum,
+            outer,
+            key,
+            z[:, 0].view(rows, memories, width),
+            hidden[:, 0],
+            surprise,
+            gates,
+            rule=self.inner_rule,
+            negative_eigenvalues=self.negative_eigenvalues,
+            bound=self.write_bound,
+            scale=self._scales(),
+        )
+        if self.read == "token":
+            out = decode_main(base, running, query)
+        if self.residual_memory:
+            out = out + query
+        return out.view(batch, heads, dim)
+
     def _residual(self, keys: Tensor, values: Tensor) -> Tensor:
         """What the residuals add to the errors M(k) - M(v), (B, H, M, C, K): k - v, and -v for the main memory."""
         projections = keys - values
@@ -216,3 +281,8 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
 def _logits(x: Tensor, readout: Tensor, bias: Tensor) -> Tensor:
     """<r, x> + b for each head: x (B, H, C, K) -> (B, H, C)."""
     return (x * readout.to(x.dtype)[:, None]).sum(-1) + bias.to(x.dtype)[:, None]
+
+
+def _logit(x: Tensor, readout: Tensor, bias: Tensor) -> Tensor:
+    """`_logits` of one token: x (B, H, K) -> (B, H)."""
+    return (x * readout.to(x.dtype)).sum(-1).add_(bias)

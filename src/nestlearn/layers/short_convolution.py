@@ -182,6 +182,14 @@ class ShortConvolution(nn.Module):
                 y = causal_convolution(joined, weight, starts)[:, history:]
         return y, self._next_tail(x, tail, lengths, document_starts)
 
+    def decode_step(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """One token x (B, 1, C) without gradients -> y (B, 1, C) and the tail, overwritten where its dtype allows."""
+        joined = torch.cat([tail.to(x.dtype), x], dim=1)
+        y = (joined * self.weight.to(x.dtype)).sum(1, keepdim=True)
+        if tail.dtype == x.dtype:
+            return y, tail.copy_(joined[:, 1:])
+        return y, joined[:, 1:].contiguous()
+
     def _next_tail(self, x: Tensor, tail: Tensor, lengths: Tensor | None, document_starts: Tensor | None) -> Tensor:
         batch, tokens, _ = x.shape
         kept = self.width - 1

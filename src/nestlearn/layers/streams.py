@@ -67,6 +67,11 @@ class Streams(nn.Module):
         u, tail = self.convolution(self.projection(x), tail, lengths=lengths, document_starts=document_starts)
         return F.silu(u), tail
 
+    def decode_step(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """One token x (B, 1, D) without gradients -> (B, 1, streams * D) and the tail, overwritten."""
+        u, tail = self.convolution.decode_step(self.projection(x), tail)
+        return F.silu(u, inplace=True), tail
+
     def split(self, u: Tensor) -> Tensor:
         """(B, T, streams * D) -> (streams, B, H, T, K)."""
         return u.unflatten(-1, (self.count, self.heads, -1)).permute(2, 0, 3, 1, 4)

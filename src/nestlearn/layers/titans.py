@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.functional.rms_norm import normalize_token
 from nestlearn.functional.surprise import normalize
 from nestlearn.layers.chunked_memory import (
     LARGEST_GATE,
@@ -17,15 +18,19 @@ from nestlearn.layers.chunked_memory import (
     Read,
     RetainTo,
     base_weights,
+    decode_main,
     read_main,
     spread_retention,
+    token_gates,
     write_gates,
 )
 from nestlearn.layers.compiled_walk import GateReadouts
+from nestlearn.layers.decoding import add_base
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment
 from nestlearn.memory.mlp import InnerRule, MLPMemory, write_mlp_chunk
+from nestlearn.memory.token import write_mlp_token_
 
 
 class Titans(ChunkedMemoryLayer):
@@ -137,3 +142,49 @@ class Titans(ChunkedMemoryLayer):
         )
         out = read_main(chunk, base, state, keys, queries, gates, self.read)
         return out, self._after(state, chunk, segment)
+
+    def _decode_inputs(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        u, tail = self.streams.decode_step(x, tail)
+        return torch.cat([u, self.gates(x)], dim=-1), tail
+
+    def _token(self, inputs: Tensor, state: MemoryState) -> Tensor:
+        # The same for one token; N = B H rows.
+        running = state.running
+        base = base_weights(self.memory, self.retain_to)
+        whole = state.snapshot if base is None else add_base(state.snapshot, self.memory)
+        batch, heads, _, width, dim = running.inner.shape
+        rows = batch * heads
+        inner, outer = whole.inner.view(rows, width, dim), whole.outer.view(rows, dim, width)
+        u = inputs[:, : -self.gates.out_features].view(batch, 3, heads, dim)
+        query, key, value = (x.reshape(rows, 1, dim) for x in normalize_token(u).unbind(1))
+        logits = inputs[:, -self.gates.out_features :].view(batch, -1, heads)
+        gates = token_gates(
+            logits[:, 0] + self.gate_bias,
+            logits[:, 1] + self.retain_bias,
+            logits[:, 2] + self.momentum_bias if self.momentum else None,
+            largest_gate=LARGEST_GATE,
+        )
+        z = torch.bmm(key, inner.mT)
+        hidden = F.silu(z)
+        surprise = torch.baddbmm(value, hidden, outer.mT, alpha=-1)
+        if self.read == "chunk":
+            out = decode_main(None, whole, query)
+        elif self.read == "previous":
+            out = decode_main(base, running, query)
+        write_mlp_token_(
+            running,
+            state.snapshot,
+            state.momentum,
+            outer,
+            key,
+            z,
+            hidden,
+            surprise,
+            gates,
+            rule=self.inner_rule,
+            bound=self.write_bound,
+            scale=self._scales(),
+        )
+        if self.read == "token":
+            out = decode_main(base, running, query)
+        return out.view(batch, heads, dim)

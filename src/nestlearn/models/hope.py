@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nestlearn.functional.rms_norm import RMSNorm
 from nestlearn.layers import (
     Attention,
     DeltaNet,
@@ -33,7 +34,7 @@ class HopeBlock(nn.Module):
 
     def __init__(self, config: HopeConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.norm = RMSNorm(config.dim, eps=1e-5)
         self.mixer = build_mixer(config)
         self.memory_system = ContinuumMemory(
             config.dim, periods=config.cms_periods, expansion=config.cms_expansion, variant=config.cms_variant
@@ -50,11 +51,10 @@ class HopeBlock(nn.Module):
         return x, state
 
     def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token, x (B, 1, D), by the mixer's own fast path where it has one."""
+        """One token, x (B, D), by the mixer's own fast path where it has one."""
         step = getattr(self.mixer, "decode_step", self.mixer)
-        mixed, state = step(self.norm(x), state)
-        x = self.memory_system(x + mixed)
-        return x, state
+        mixed, state = step(self.norm(x).unsqueeze(1), state)
+        return self.memory_system(x + mixed[:, 0]), state
 
 
 class HopeLM(nn.Module):
@@ -73,7 +73,7 @@ class HopeLM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(HopeBlock(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.norm = RMSNorm(config.dim, eps=1e-5)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -144,14 +144,20 @@ class HopeLM(nn.Module):
         It may overwrite the given state: go on with the one that it returns, and keep a clone of a state that is
         to be continued twice.
         """
-        self._check(token[:, None], None, None)
-        x = self.embedding(token[:, None])
+        if token.ndim != 1:
+            raise ValueError(f"token: expected one whole number a row, (B,), got shape {tuple(token.shape)}")
+        try:
+            x = self.embedding(token)
+        except (IndexError, RuntimeError):  # the embedding looks at every number anyway; here only for what to say
+            self._check(token[:, None], None, None)
+            raise
         new_state: State = {}
         for index, block in enumerate(self._blocks()):
             prefix = f"blocks.{index}."
             x, own = block.decode_step(x, _with_prefix(state, prefix))
-            new_state |= {prefix + name: tensor for name, tensor in own.items()}
-        return self.head(self.norm(x))[:, 0], new_state
+            for name, tensor in own.items():
+                new_state[prefix + name] = tensor
+        return self.head(self.norm(x)), new_state
 
     def _blocks(self) -> list[HopeBlock]:
         return list(self.blocks)  # type: ignore[arg-type]
