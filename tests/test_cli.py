@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nestlearn.cli import main
+from nestlearn.cli.benchmark_tables import short
 from nestlearn.layers import PlainAttention
 from nestlearn.training.config import RunConfig
 from nestlearn.training.tokenizers import ByteTokenizer
@@ -200,8 +201,14 @@ def bench(nestlearn, kind: str, *words: object) -> Result:
     return nestlearn("bench", kind, *size, "--alternations", 2, "--threads", 1, *words)
 
 
-def three_digits(value: float) -> str:
-    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.004, "0.00"), (9.994, "9.99"), (9.996, "10.0"), (99.94, "99.9"), (99.96, "100"), (999.4, "999"),
+     (999.6, "1.00k"), (99_960, "100k"), (999_400, "999k"), (999_600, "1.00M"), (2.5e9, "2.50G"), (None, "-")],
+)  # fmt: skip
+def test_numbers_in_tables_are_short(value: float | None, text: str) -> None:
+    assert short(value, most=999) == text
+    assert value is None or short(12_345) == "12,345"
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
@@ -218,7 +225,7 @@ def test_bench_prints_ratios_in_80_columns_and_writes_them(nestlearn, tmp_path: 
     assert report["benchmark"] == kind
     for row in report["rows"]:
         name = row.get("optimizer") or row["model"].split(":")[0]
-        assert re.search(rf"^{name} .* {three_digits(row['ratio'])} ", table, re.MULTILINE)
+        assert re.search(rf"^{name} .* {short(row['ratio'], most=999)} ", table, re.MULTILINE)
     assert ("chunk_size=8" in table) == (kind != "optimizer")
     assert "turn 2 of 2" in result.err
 

@@ -45,13 +45,13 @@ def benchmark_lines(report: dict[str, Any]) -> Iterator[str]:
             name, *details = (row["optimizer"] if optimizers else row["model"]).split(":")
             yield _line(
                 name,
-                _short(row["milliseconds"]),
-                _short(row["nanoseconds"] if optimizers else row["tokens_per_second"]),
-                _short(row["ratio"]),
-                f"({_short(row['ratio_min'])}-{_short(row['ratio_max'])})",
-                _short(row["state_megabytes"] if optimizers else row.get("growth_megabytes")),
-                "" if optimizers else _short(row.get("memory_ratio")),
-                f"{_short(row['over_floor'])}x",
+                short(row["milliseconds"]),
+                short(row["nanoseconds"] if optimizers else row["tokens_per_second"]),
+                _ratio(row["ratio"]),
+                f"({_ratio(row['ratio_min'])}-{_ratio(row['ratio_max'])})",
+                short(row["state_megabytes"] if optimizers else row.get("growth_megabytes")),
+                "" if optimizers else _ratio(row.get("memory_ratio")),
+                f"{_ratio(row['over_floor'])}x",
             )
             yield from (f"  {detail}" for detail in details)
     yield ""
@@ -67,11 +67,17 @@ def _line(name: str, *cells: str) -> str:
     return f"{name:21}" + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
-def _short(value: float | None) -> str:
-    """Three digits, or all before the point up to 99,999; a dash for None."""
+def short(value: float | None, most: int = 99_999) -> str:
+    """Three digits, or all before the point up to `most` and with a unit (k, M, G) above it; a dash for None."""
     if value is None:
         return "-"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size and value >= 99_999.5:
-            return f"{value / size:.{2 if value < 10 * size else 1 if value < 100 * size else 0}f}{unit}"
-    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+    unit = ""
+    if value >= most + 0.5:
+        unit = "k" if value < 999_500 else "M" if value < 999.5e6 else "G"
+        value /= {"k": 1e3, "M": 1e6, "G": 1e9}[unit]
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{unit}"
+
+
+def _ratio(value: float | None) -> str:
+    """At most five characters."""
+    return short(value, most=999)
