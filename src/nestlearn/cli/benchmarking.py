@@ -25,8 +25,9 @@ from nestlearn.io import atomic_write_json
 Mixers = Annotated[
     str,
     typer.Option(
-        help="Models beside the Transformer, separated by commas, each with settings of its own behind colons: "
-        f"{','.join(DEFAULT_MODELS)}. Mixers: {', '.join(MIXERS)}. Settings: those of HopeConfig."
+        help="Models beside the Transformer, separated by commas; settings of HopeConfig stand behind colons, as in "
+        f"delta_net,titans:read=chunk. Mixers: {', '.join(MIXERS)}.",
+        show_default="Hope without and with momentum",
     ),
 ]
 Lengths = Annotated[str, typer.Option(help="T: tokens in a sequence; several separated by commas.")]
