@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from nestlearn.cli import main
+from nestlearn.cli.benchmark_tables import short
+from nestlearn.layers import PlainAttention
 from nestlearn.training.config import RunConfig
 from nestlearn.training.tokenizers import ByteTokenizer
 
 TEXT = "".join(f"Line {i}: the memory that is read at every token is written at every token.\n" for i in range(60))
 SMALL = {"depth": 1, "dim": 16, "heads": 2, "chunk_size": 8}
+BENCHMARKS = ("train", "prefill", "decode", "optimizer")
 TRAINING = ["--steps", "3", "--batch-size", "2", "--sequence-length", "16", "--threads", "1"]
 
 
@@ -83,7 +86,16 @@ def refused(result: Result, *parts: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["eval"], ["generate"], ["inspect"], ["demo"], ["bench"], ["bench", "train"]],
+    [
+        [],
+        ["train"],
+        ["eval"],
+        ["generate"],
+        ["inspect"],
+        ["demo"],
+        ["bench"],
+        *(["bench", kind] for kind in BENCHMARKS),
+    ],
     ids=" ".join,
 )
 def test_every_command_explains_itself(nestlearn, command: list[str]) -> None:
@@ -183,17 +195,67 @@ def test_inspect_shows_tables_and_draws_pictures(nestlearn, trained: Path, corpu
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_prints_ratios_and_writes_them(nestlearn, tmp_path: Path) -> None:
-    size = ["--dim", 16, "--depth", 1, "--heads", 2, "--batch", 1, "--alternations", 2, "--threads", 1]
+def bench(nestlearn, kind: str, *words: object) -> Result:
+    """A benchmark as small as can be."""
+    size = ["--dims" if kind == "optimizer" else "--dim", 16, "--depth", 1, "--heads", 2]
+    return nestlearn("bench", kind, *size, "--alternations", 2, "--threads", 1, *words)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.004, "0.00"), (9.994, "9.99"), (9.996, "10.0"), (99.94, "99.9"), (99.96, "100"), (999.4, "999"),
+     (999.6, "1.00k"), (99_960, "100k"), (999_400, "999k"), (999_600, "1.00M"), (2.5e9, "2.50G"), (None, "-")],
+)  # fmt: skip
+def test_numbers_in_tables_are_short(value: float | None, text: str) -> None:
+    assert short(value, most=999) == text
+    assert value is None or short(12_345) == "12,345"
+
+
+@pytest.mark.parametrize("kind", BENCHMARKS)
+def test_bench_prints_ratios_in_80_columns_and_writes_them(nestlearn, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "bench.json"
-    result = nestlearn("bench", "train", "--mixers", "delta_net", "--lengths", "16,32", *size, "--out", file)
-    assert result.code == 0
-    assert len(re.findall(r"│ delta_net", result.out)) == 2
+    sizes = ["--mixers", "delta_net:chunk_size=8", "--lengths", "16,32", "--batch", 1, "--no-memory"]
+    result = bench(nestlearn, kind, *([] if kind == "optimizer" else sizes), "--out", file)
+    assert result.code == 0, result.err
+    table, written = result.out.split("written to ")
+    assert max(map(len, table.splitlines())) <= 80
+    assert written.split() == [str(file), str(file.with_suffix(".png"))]
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(file.read_text())
-    assert [row["tokens"] for row in report["rows"]] == [16, 16, 32, 32]
-    assert report["settings"]["seed"] == 0
+    assert report["benchmark"] == kind
+    for row in report["rows"]:
+        name = row.get("optimizer") or row["model"].split(":")[0]
+        assert re.search(rf"^{name} .* {short(row['ratio'], most=999)} ", table, re.MULTILINE)
+    assert ("chunk_size=8" in table) == (kind != "optimizer")
+    assert "turn 2 of 2" in result.err
+
+
+def test_bench_prints_json(nestlearn) -> None:
+    result = bench(nestlearn, "decode", "--mixers", "delta_net", "--lengths", 9, "--no-memory", "--json")
+    assert [row["model"] for row in json.loads(result.out)["rows"]] == ["transformer", "delta_net"]
+
+
+def test_bench_refuses_what_is_wrong(nestlearn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(nestlearn("bench", "train", "--mixers", "hope"), "self_modifying_titans", "'hope'")
-    refused(nestlearn("bench", "train", "--lengths", "long"), "--lengths", "'long'")
+    refused(nestlearn("bench", "train", "--mixers", "titans:read"), "mixer:setting=value")
+    refused(nestlearn("bench", "prefill", "--lengths", "long"), "--lengths", "'long'")
+    refused(nestlearn("bench", "decode", "--batch", "1,x"), "--batch", "'1,x'")
+    refused(nestlearn("bench", "optimizer", "--optimizers", "sgd"), "adamw_fused, level", "'sgd'")
+    refused(nestlearn("bench", "train", "--out", tmp_path / "none" / "a.json"), "no folder", "none")
+    refused(nestlearn("bench", "train", "--out", tmp_path / "a.txt"), "ends in .json", "a.txt")
+    refused(nestlearn("bench", "train", "--device", "tpu"), "'tpu'")
+
+    def wrong(self: PlainAttention, x: object, state: object) -> object:
+        y, state = honest(self, x, state)  # type: ignore[arg-type]
+        return 2 * y, state
+
+    honest = PlainAttention.decode_step
+    monkeypatch.setattr(PlainAttention, "decode_step", wrong)
+    # The Transformer is checked as well: a wrong reference makes every ratio wrong.
+    refused(
+        bench(nestlearn, "decode", "--mixers", "delta_net", "--out", tmp_path / "a.json"), "decode_step", "No speed"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 # What can be wrong, and what is said about it.

@@ -33,6 +33,9 @@ app.command("generate")(generation.generate)
 app.command("inspect")(inspection.inspect)
 bench = typer.Typer(help="Measure speed. Run it on a quiet machine.", no_args_is_help=True)
 bench.command("train")(benchmarking.bench_train)
+bench.command("prefill")(benchmarking.bench_prefill)
+bench.command("decode")(benchmarking.bench_decode)
+bench.command("optimizer")(benchmarking.bench_optimizer)
 app.add_typer(bench, name="bench")
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +10,7 @@ import typer
 
 from nestlearn.cli.shared import open_model, output, print_json, refuse, say, teaching, text_source, use_threads
 from nestlearn.training import loop
-from nestlearn.training.config import RunConfig
+from nestlearn.training.config import RunConfig, parse_value
 from nestlearn.training.data import PackedTokens, read_documents, split_documents
 
 # A first model of one's own on a CPU: small, and done within the hour.
@@ -177,8 +174,4 @@ def _setting(text: str) -> tuple[str, str, Any]:
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
         raise ValueError(f"--set: expected SECTION.KEY=VALUE, for example model.depth=6, got {text!r}")
-    try:
-        parsed: Mapping[str, Any] = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
-        parsed = tomllib.loads(f"value = {json.dumps(value.strip())}")
-    return section, key, parsed["value"]
+    return section, key, parse_value(value)

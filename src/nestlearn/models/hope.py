@@ -21,6 +21,7 @@ from nestlearn.layers import (
 from nestlearn.levels import EVERY_READ, Level
 from nestlearn.memory.continuum import ContinuumMemory
 from nestlearn.models.config import HopeConfig
+from nestlearn.models.flops import attention_flops, mixer_flops
 
 State = dict[str, Tensor]
 
@@ -174,10 +175,19 @@ class HopeLM(nn.Module):
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations of the forward pass for one token of a sequence of this length, matrix products
-        alone (a multiply-add is two). A training step costs about three times as much."""
+        alone (`nestlearn.models.flops`). A training step costs about three times as much."""
+        return self.linear_flops() + self.config.depth * mixer_flops(self.config, sequence_length)
+
+    def decode_flops(self, context: int) -> float:
+        """The same for one token that is read on its own after `context` others."""
         config = self.config
-        linear = sum(2.0 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return linear + config.depth * mixer_flops(config, sequence_length)
+        attends = config.mixer in ("attention", "plain_attention")
+        mixer = attention_flops(config, context + 1) if attends else mixer_flops(config, 1)
+        return self.linear_flops() + config.depth * mixer
+
+    def linear_flops(self) -> float:
+        """Operations of all linear layers, the head included, for one token."""
+        return sum(2.0 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
     def levels(self) -> list[Level]:
         """How often each part changes. Periods of memories are counted in tokens, those of CMS levels and of all
@@ -269,42 +279,6 @@ def build_mixer(config: HopeConfig) -> nn.Module:
         "projection_write_scale",
     )
     return SelfModifyingTitans(dim, heads, **chunked, **{name: getattr(config, name) for name in own})
-
-
-def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
-    """Operations of a mixer's forward pass for one token apart from its linear layers (counted by the model)."""
-    width, heads = config.dim // config.heads, config.heads
-    chunk = min(config.chunk_size, sequence_length)
-    if config.mixer in ("attention", "plain_attention"):
-        return 2.0 * config.dim * (sequence_length + 1)  # causal: half of two products with the whole sequence
-    within = 2.0 * chunk * width  # a product with a chunk
-    across = 2.0 * width * width  # a product with a memory
-    if config.mixer in ("linear_attention", "delta_net", "gated_delta_net"):
-        solve = 0.0 if config.mixer == "linear_attention" else across + 2 * within
-        return heads * (2 * across + 2 * within + solve)
-    hidden = config.memory_hidden or width
-    across = 2.0 * width * hidden
-    erasing = config.mixer == "self_modifying_titans" and config.inner_rule != "gd"
-    momentum = config.mixer == "titans" or config.momentum
-    memories = 1
-    projections = 0
-    if config.mixer == "self_modifying_titans":
-        memories = 6 if config.adaptive_query else 5
-        projections = memories - 1
-    count = 2.0 * projections * across  # the projections read
-    count += (3 if projections else 2) * memories * across + memories * across  # forward on k and v, error back
-    count += 2 * memories * across  # both maps written
-    if erasing:
-        count += 2 * memories * across + within + memories * within + 2 * memories * within  # old values, grams, solves
-        if momentum:
-            count += 2 * memories * within
-    if momentum:
-        count += 2 * memories * across * (2 if erasing else 1)
-    if config.read != "chunk":
-        count += 4 * across + 4 * within * (2 if erasing and momentum else 1)
-    else:
-        count += 2 * across
-    return heads * count
 
 
 def _with_prefix(state: State, prefix: str) -> State:

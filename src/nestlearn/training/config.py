@@ -17,7 +17,7 @@ from typing import Any
 
 from nestlearn.io import missing_file
 
-__all__ = ["DataConfig", "RunConfig", "TrainingConfig", "to_toml"]
+__all__ = ["DataConfig", "RunConfig", "TrainingConfig", "parse_value", "to_toml"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +199,14 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
         lines += ["", f"[{_key(section)}]"] if lines else [f"[{_key(section)}]"]
         lines += [f"{_key(key)} = {_toml_value(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"
+
+
+def parse_value(text: str) -> Any:
+    """A single value as it was typed: as in TOML, or a plain word."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return tomllib.loads(f"value = {json.dumps(text.strip())}")["value"]
 
 
 def _toml_value(value: Any) -> str:

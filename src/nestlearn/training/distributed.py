@@ -68,7 +68,7 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
         ValueError: For a device that torch does not know or that is not there.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if dist.is_available() and dist.is_initialized():
@@ -115,7 +115,12 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _choose_device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a name means, "auto" and "cuda" for the process of this rank on its machine.
+
+    Raises:
+        ValueError: For a device that torch does not know or that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

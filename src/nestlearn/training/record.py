@@ -69,7 +69,8 @@ def describe_environment(processes: Processes) -> dict[str, Any]:
     device = processes.device
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # `python -m nestlearn` is the same command.
+        "command": [Path(sys.argv[0]).name.replace("__main__.py", "nestlearn"), *sys.argv[1:]],
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
