@@ -143,11 +143,11 @@ def walk_backward(
             u, stream, weights, base, readouts, start, tokens, largest_gate, C, K, N, OPERAND
         )
         momentum_kept = tl.exp(log_momentum) if MOMENTUM else tl.zeros((C,), tl.float32)
-        decay = decays(log_retain, log_momentum, active, C, MOMENTUM, OPERAND)
+        decay = decays(log_retain, log_momentum, active, C, MOMENTUM)
         squared_norm = tl.sum(keys * keys, 1)
         gram = product(keys, tl.trans(keys), OPERAND)
         erase = strength(gate, squared_norm)
-        inverse = inverse_factor(gram, erase, decay, C, RULE, OPERAND)
+        inverse = inverse_factor(gram, erase, decay, C, RULE)
         shared = (keys, values, gate, momentum_kept, gram, erase, erase * (1 - momentum_kept), inverse, bound)
 
         # Gradients of keys, values, gate, momentum, erase and write of the inner maps, their factor, their K K^T.
@@ -185,7 +185,7 @@ def walk_backward(
         to_gate += more_gate
         to_kept += more_kept
         to_keys += 2 * to_norm[:, None] * keys
-        to_retain, to_momentum = decays_gradient(flow, decay, active, C, MOMENTUM, OPERAND)
+        to_retain, to_momentum = decays_gradient(flow, decay, active, C, MOMENTUM)
 
         # The logits. Where there is no token the gate is 0 and the others 1, and each of these is 0.
         gate_logits = to_gate * gate * (1 - gate / largest_gate)
@@ -282,7 +282,7 @@ def _memory_gradient(
     squared_norm = tl.sum(hidden * hidden, 1)
     outer_erase, outer_write = outer_strength(gate, hidden, momentum_kept)
     outer_gram = product(hidden, tl.trans(hidden), OPERAND)
-    outer_inverse = inverse_factor(outer_gram, outer_erase, decay, C, RULE, OPERAND)
+    outer_inverse = inverse_factor(outer_gram, outer_erase, decay, C, RULE)
     outer_values = value * (outer_write * scale)[:, None]
     outer_made = write_map(
         hidden, outer_gram, outer_inverse, outer, outer_momentum, outer_values, outer_erase, decay,

@@ -99,7 +99,7 @@ def _projected(
 
 
 @triton.jit
-def decays(log_retain, log_momentum, active, C: tl.constexpr, MOMENTUM: tl.constexpr, OPERAND: tl.constexpr):
+def decays(log_retain, log_momentum, active, C: tl.constexpr, MOMENTUM: tl.constexpr):
     """The factors of `functional.associative.chunk_decay`, each also one token earlier (`_before`).
 
     Returns:
@@ -117,8 +117,8 @@ def decays(log_retain, log_momentum, active, C: tl.constexpr, MOMENTUM: tl.const
         entering_last = tl.where(active, last, 0.0)
         moving = (momentum, momentum_before, kept, kept_before, momentum_last, tl.exp(tl.sum(log_momentum, 0)))
         third = (
-            exact_product(entering, momentum, OPERAND),
-            exact_product(entering_before, momentum, OPERAND),
+            exact_product(entering, momentum),
+            exact_product(entering_before, momentum),
             tl.sum(entering * kept[None, :], 1),
             tl.sum(entering_before * kept[None, :], 1),
             tl.sum(entering_last[:, None] * momentum, 0),
@@ -162,12 +162,12 @@ def error_values(
 
 
 @triton.jit
-def inverse_factor(gram, erase, decay, C: tl.constexpr, RULE: tl.constexpr, OPERAND: tl.constexpr):
+def inverse_factor(gram, erase, decay, C: tl.constexpr, RULE: tl.constexpr):
     """(I + diag(erase) (shift(R^a) * K K^T))^{-1}, which the maps with these keys share; "gd" solves nothing."""
     if RULE == GD:
         inverse = gram
     else:
-        inverse = unit_triangular_inverse(erase[:, None] * decay[0][1] * gram, C, OPERAND)
+        inverse = unit_triangular_inverse(erase[:, None] * decay[0][1] * gram, C)
     return inverse
 
 

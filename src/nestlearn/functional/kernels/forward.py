@@ -114,13 +114,13 @@ def walk_forward(
             u, stream, weights, base, readouts, start, tokens, largest_gate, C, K, N, OPERAND
         )
         momentum_kept = tl.exp(log_momentum) if MOMENTUM else tl.zeros((C,), tl.float32)
-        decay = decays(log_retain, log_momentum, active, C, MOMENTUM, OPERAND)
+        decay = decays(log_retain, log_momentum, active, C, MOMENTUM)
 
         # Eq. 88: the inner maps of all memories have the key k, so they share K K^T and its inverse.
         gram = product(keys, tl.trans(keys), OPERAND)
         erase = strength(gate, tl.sum(keys * keys, 1))
         write = erase * (1 - momentum_kept)
-        inverse = inverse_factor(gram, erase, decay, C, RULE, OPERAND)
+        inverse = inverse_factor(gram, erase, decay, C, RULE)
         shared = (keys, values, gate, momentum_kept, gram, erase, write, inverse, bound)
         for index in range(M - 1):
             _write_memory(
@@ -202,7 +202,7 @@ def _write_memory(
     hidden = silu(z)
     outer_erase, outer_write = outer_strength(gate, hidden, momentum_kept)
     outer_gram = product(hidden, tl.trans(hidden), OPERAND)
-    outer_inverse = inverse_factor(outer_gram, outer_erase, decay, C, RULE, OPERAND)
+    outer_inverse = inverse_factor(outer_gram, outer_erase, decay, C, RULE)
     written, erased, _, _, _ = write_map(
         hidden, outer_gram, outer_inverse, outer, outer_momentum, value * (outer_write * scale)[:, None], outer_erase,
         decay, RULE, MOMENTUM, OPERAND,

@@ -264,7 +264,7 @@ def strength_gradient(to_erase, to_write, gate, squared_norm, momentum_kept):
 
 
 @triton.jit
-def decays_gradient(flow, decay, active, C: tl.constexpr, MOMENTUM: tl.constexpr, OPERAND: tl.constexpr):
+def decays_gradient(flow, decay, active, C: tl.constexpr, MOMENTUM: tl.constexpr):
     """Undoes `decays`: gradients of log retention and log momentum, (C,) each, garbage where there is no token."""
     total, before, whole, moving, moving_whole, write_before, write, carry_before, carry, write_last, carry_last = flow
     log_momentum = total
@@ -275,14 +275,14 @@ def decays_gradient(flow, decay, active, C: tl.constexpr, MOMENTUM: tl.constexpr
         entering_before = tl.where(active[None, :], retain_before, 0.0)
         entering_last = tl.where(active, last, 0.0)
         # write = (R^a, where S enters) R^m and carry = (the same) g^m, in three timings.
-        to_momentum = exact_product(tl.trans(entering), write, OPERAND)
-        to_momentum += exact_product(tl.trans(entering_before), write_before, OPERAND)
+        to_momentum = exact_product(tl.trans(entering), write)
+        to_momentum += exact_product(tl.trans(entering_before), write_before)
         to_momentum += entering_last[:, None] * write_last[None, :]
         to_kept = tl.sum(entering * carry[:, None], 0) + tl.sum(entering_before * carry_before[:, None], 0)
         to_kept += entering_last * carry_last
-        weighted = entering * (exact_product(write, tl.trans(momentum), OPERAND) + carry[:, None] * kept[None, :])
+        weighted = entering * (exact_product(write, tl.trans(momentum)) + carry[:, None] * kept[None, :])
         total += tl.sum(weighted, 1) - tl.sum(weighted, 0)
-        weighted = exact_product(write_before, tl.trans(momentum), OPERAND) + carry_before[:, None] * kept[None, :]
+        weighted = exact_product(write_before, tl.trans(momentum)) + carry_before[:, None] * kept[None, :]
         weighted = entering_before * weighted
         before += tl.sum(weighted, 1)
         total -= tl.sum(weighted, 0)

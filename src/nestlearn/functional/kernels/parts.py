@@ -21,17 +21,14 @@ CHUNK: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def product(a, b, OPERAND: tl.constexpr):
-    """a b in narrow operands and fp32 sums."""
-    return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision="ieee", out_dtype=tl.float32)
+    """a b with operands of the given type and fp32 sums. Operands in fp32 go through tensor cores in three parts."""
+    return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision="tf32x3", out_dtype=tl.float32)
 
 
 @triton.jit
-def exact_product(a, b, OPERAND: tl.constexpr):
+def exact_product(a, b):
     """a b in (nearly) fp32: for inverses and decays, whose errors every write of a chunk would inherit."""
-    if OPERAND == tl.float32:
-        return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
-    else:
-        return tl.dot(a, b, input_precision="tf32x3", out_dtype=tl.float32)
+    return tl.dot(a, b, input_precision="tf32x3", out_dtype=tl.float32)
 
 
 @triton.jit
@@ -170,7 +167,7 @@ def cumulative(log_gate, C: tl.constexpr):
 
 
 @triton.jit
-def unit_triangular_inverse(factor, C: tl.constexpr, OPERAND: tl.constexpr):
+def unit_triangular_inverse(factor, C: tl.constexpr):
     """(I + factor)^{-1} for a strictly lower triangular factor (C, C).
 
     Substitution, in all diagonal blocks of 16 at once, then twice as large blocks from pairs of blocks,
@@ -187,17 +184,17 @@ def unit_triangular_inverse(factor, C: tl.constexpr, OPERAND: tl.constexpr):
         weight = tl.sum(tl.where(columns % 16 == step, inside, 0.0), 1)
         inverse -= tl.where(rows // 16 == columns // 16, weight[:, None] * pivot[None, :], 0.0)
     if C >= 32:
-        inverse = _merge(inverse, factor, rows, columns, 16, OPERAND)
+        inverse = _merge(inverse, factor, rows, columns, 16)
     if C >= 64:
-        inverse = _merge(inverse, factor, rows, columns, 32, OPERAND)
+        inverse = _merge(inverse, factor, rows, columns, 32)
     return inverse
 
 
 @triton.jit
-def _merge(inverse, factor, rows, columns, SIZE: tl.constexpr, OPERAND: tl.constexpr):
+def _merge(inverse, factor, rows, columns, SIZE: tl.constexpr):
     pair = (rows // (2 * SIZE) == columns // (2 * SIZE)) & (rows // SIZE > columns // SIZE)
     between = tl.where(pair, factor, 0.0)
-    return inverse - exact_product(exact_product(inverse, between, OPERAND), inverse, OPERAND)
+    return inverse - exact_product(exact_product(inverse, between), inverse)
 
 
 @triton.jit
