@@ -151,13 +151,11 @@ def walk_backward(
         shared = (keys, values, gate, momentum_kept, gram, erase, erase * (1 - momentum_kept), inverse, bound)
 
         # Gradients of keys, values, gate, momentum, erase and write of the inner maps, their factor, their K K^T.
-        row_of_zeros = tl.zeros((C,), tl.float32)
-        tokens_of_zeros = tl.zeros((C, K), tl.float32)
-        to_factor = tl.zeros((C, C), tl.float32) if RULE != GD else row_of_zeros
-        to_gram = tl.zeros((C, C), tl.float32) if MOMENTUM and RULE != GD else row_of_zeros
-        back = (
-            tokens_of_zeros, tokens_of_zeros, row_of_zeros, row_of_zeros, row_of_zeros, row_of_zeros, to_factor, to_gram,
-        )  # fmt: skip
+        no_row = tl.zeros((C,), tl.float32)
+        no_tokens = tl.zeros((C, K), tl.float32)
+        to_factor = tl.zeros((C, C), tl.float32) if RULE != GD else no_row
+        to_gram = tl.zeros((C, C), tl.float32) if MOMENTUM and RULE != GD else no_row
+        back = (no_tokens, no_tokens, no_row, no_row, no_row, no_row, to_factor, to_gram)
         flow = no_flow(C, MOMENTUM)
         raw_queries = load_tokens(u, start, tokens, C, K)
         inverse_queries = inverse_norm(raw_queries)
@@ -193,8 +191,6 @@ def walk_backward(
         if MOMENTUM:
             momentum_logits = (to_momentum + to_kept * momentum_kept) * (1 - momentum_kept)
             to_rate += momentum_logits[:, None] * tl.load(readouts[4] + tl.arange(0, K))[None, :]
-        # The memories of the projections have been loaded and stored above by other threads.
-        tl.debug_barrier()
         rate, to_stream = _projection_gradient(
             u + 3 * stream, 2, to_rate, weights, base, to_weights, to_base, start, tokens, C, K, N, OPERAND
         )
@@ -270,140 +266,146 @@ def _memory_gradient(
     keys, values, gate, momentum_kept, gram, erase, write, inverse, bound = shared
     to_keys, to_values, to_gate, to_kept, to_erase, to_write, to_factor, to_gram = back
     inner_at, outer_at = index * N * K, index * K * N
+    no_inner, no_outer = tl.zeros((N, K), tl.float32), tl.zeros((K, N), tl.float32)
+
+    # W1, whose keys are the hidden features.
     inner, whole_inner = load_map(weights[0], base[0], inner_at, N, K)
     outer, whole_outer = load_map(weights[1], base[1], outer_at, K, N)
     inner_momentum, outer_momentum = inner, outer
     if MOMENTUM:
         inner_momentum = load_tile(moments[0] + inner_at, N, K)
         outer_momentum = load_tile(moments[1] + outer_at, K, N)
-    errors = error_values(keys, values, whole_inner, whole_outer, bound, MAIN, BOUNDED, OPERAND)
-    z, _, _, _, value, _, image, image_factor = errors
+    z, _, _, _, value, _, image, image_factor = error_values(
+        keys, values, whole_inner, whole_outer, bound, MAIN, BOUNDED, OPERAND
+    )
+    image *= image_factor[:, None]
     hidden = silu(z)
     squared_norm = tl.sum(hidden * hidden, 1)
     outer_erase, outer_write = outer_strength(gate, hidden, momentum_kept)
     outer_gram = product(hidden, tl.trans(hidden), OPERAND)
     outer_inverse = inverse_factor(outer_gram, outer_erase, decay, C, RULE)
     outer_values = value * (outer_write * scale)[:, None]
-    outer_made = write_map(
+    made = write_map(
         hidden, outer_gram, outer_inverse, outer, outer_momentum, outer_values, outer_erase, decay,
         RULE, MOMENTUM, OPERAND,
     )  # fmt: skip
-    image_write = write * scale
-    inner_values = image * (image_factor * image_write)[:, None]
-    inner_made = write_map(
-        keys, gram, inverse, inner, inner_momentum, inner_values, erase, decay, RULE, MOMENTUM, OPERAND
-    )
 
     # Reads inside the chunk: they reach what was written and erased, both maps, and what is fixed of them.
     to_queries = queries
     to_hidden = tl.zeros((C, N), tl.float32)
     outer_read, outer_read_erased = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
     inner_read, inner_read_erased = tl.zeros((C, N), tl.float32), tl.zeros((C, N), tl.float32)
-    whole_to_inner, whole_to_outer = tl.zeros((N, K), tl.float32), tl.zeros((K, N), tl.float32)
-    read_to_inner, read_to_outer = whole_to_inner, whole_to_outer
-    fixed_to_inner, fixed_to_outer = whole_to_inner, whole_to_outer
-    moment_to_inner, moment_to_outer = whole_to_inner, whole_to_outer
+    read_to_inner, moment_to_inner = no_inner, no_inner
+    read_to_outer, moment_to_outer = no_outer, no_outer
     if MAIN:
         if READ == CHUNK:
             z_query = product(queries, tl.trans(whole_inner), OPERAND)
-            whole_to_outer = product(tl.trans(output), silu(z_query), OPERAND)
+            read_to_outer = product(tl.trans(output), silu(z_query), OPERAND)
             to_z = product(output, whole_outer, OPERAND) * silu_slope(z_query)
-            whole_to_inner = product(tl.trans(to_z), queries, OPERAND)
+            read_to_inner = product(tl.trans(to_z), queries, OPERAND)
             to_queries = product(to_z, whole_inner, OPERAND)
+            if base[0] is not None:
+                _add_tile(to_base[0] + inner_at, read_to_inner, N, K)
+                _add_tile(to_base[1] + outer_at, read_to_outer, K, N)
         else:
+            inner_values = image * (write * scale)[:, None]
+            written, erased, _, _, _ = write_map(
+                keys, gram, inverse, inner, inner_momentum, inner_values, erase, decay, RULE, MOMENTUM, OPERAND
+            )
             z_query = read_map(
-                queries, keys, inner, inner_momentum, inner_made[0], inner_made[1], base[0], inner_at, decay,
+                queries, keys, inner, inner_momentum, written, erased, base[0], inner_at, decay,
                 N, K, RULE, MOMENTUM, READ, OPERAND,
             )  # fmt: skip
             features = silu(z_query)
             to_features, to_hidden, outer_read, outer_read_erased, read_to_outer, moment_to_outer, flow = (
                 read_map_gradient(
-                    output, features, hidden, outer, outer_momentum, outer_made[0], outer_made[1], decay, flow,
+                    output, features, hidden, outer, outer_momentum, made[0], made[1], decay, flow,
                     RULE, MOMENTUM, READ, OPERAND,
                 )
             )  # fmt: skip
             if base[1] is not None:
-                fixed_to_outer = product(tl.trans(output), features, OPERAND)
+                _add_tile(to_base[1] + outer_at, product(tl.trans(output), features, OPERAND), K, N)
                 to_features += product(output, load_tile(base[1] + outer_at, K, N), OPERAND)
             to_z = to_features * silu_slope(z_query)
             to_queries, more_keys, inner_read, inner_read_erased, read_to_inner, moment_to_inner, flow = (
                 read_map_gradient(
-                    to_z, queries, keys, inner, inner_momentum, inner_made[0], inner_made[1], decay, flow,
+                    to_z, queries, keys, inner, inner_momentum, written, erased, decay, flow,
                     RULE, MOMENTUM, READ, OPERAND,
                 )
             )  # fmt: skip
             to_keys += more_keys
             if base[0] is not None:
-                fixed_to_inner = product(tl.trans(to_z), queries, OPERAND)
+                _add_tile(to_base[0] + inner_at, product(tl.trans(to_z), queries, OPERAND), N, K)
                 to_queries += product(to_z, load_tile(base[0] + inner_at, N, K), OPERAND)
 
-    # W1, whose keys are the hidden features.
     after = load_tile(to_weights[1] + outer_at, K, N)
     after_momentum = after
     if MOMENTUM:
         after_momentum = load_tile(to_moments[1] + outer_at, K, N)
-    to_outer, to_outer_momentum, more_hidden, to_outer_values, to_outer_erase, outer_factor, outer_to_gram, flow = (
-        write_map_gradient(
-            hidden, outer_gram, outer_inverse, outer, outer_momentum, outer_values, outer_erase, decay, outer_made,
-            after, after_momentum, outer_read, outer_read_erased, flow, RULE, MOMENTUM, OPERAND,
-        )
+    to_map, to_moment, more_hidden, to_map_values, to_map_erase, map_factor, map_to_gram, flow = write_map_gradient(
+        hidden, outer_gram, outer_inverse, outer, outer_momentum, outer_values, outer_erase, decay, made,
+        after, after_momentum, outer_read, outer_read_erased, flow, RULE, MOMENTUM, OPERAND,
     )  # fmt: skip
     to_hidden += more_hidden
     if RULE != GD:
         more_hidden, more_erase, flow = factor_gradient(
-            outer_factor, outer_to_gram, hidden, outer_gram, outer_erase, decay, flow, MOMENTUM, OPERAND
+            map_factor, map_to_gram, hidden, outer_gram, outer_erase, decay, flow, MOMENTUM, OPERAND
         )
         to_hidden += more_hidden
-        to_outer_erase += more_erase
-    to_outer_write = scale * tl.sum(to_outer_values * value, 1)
+        to_map_erase += more_erase
     more_gate, to_norm, more_kept = strength_gradient(
-        to_outer_erase, to_outer_write, gate, squared_norm, momentum_kept
+        to_map_erase, scale * tl.sum(to_map_values * value, 1), gate, squared_norm, momentum_kept
     )
     to_gate += more_gate
     to_kept += more_kept
     to_hidden += 2 * to_norm[:, None] * hidden
-    to_value = to_outer_values * (outer_write * scale)[:, None]
+    to_value = to_map_values * (outer_write * scale)[:, None]
+    tl.debug_barrier()
+    store_tile(to_weights[1] + outer_at, to_map + read_to_outer, K, N)
     if MOMENTUM:
-        tl.debug_barrier()
-        store_tile(to_moments[1] + outer_at, to_outer_momentum + moment_to_outer, K, N)
+        store_tile(to_moments[1] + outer_at, to_moment + moment_to_outer, K, N)
 
-    # W2, whose key is k.
+    # W2, whose key is k. Loaded anew, and what was written computed anew: that is cheaper than to keep it.
+    inner = load_tile(weights[0] + inner_at, N, K)
+    inner_momentum = inner
+    if MOMENTUM:
+        inner_momentum = load_tile(moments[0] + inner_at, N, K)
+    inner_values = image * (write * scale)[:, None]
+    made = write_map(keys, gram, inverse, inner, inner_momentum, inner_values, erase, decay, RULE, MOMENTUM, OPERAND)
     after = load_tile(to_weights[0] + inner_at, N, K)
     after_momentum = after
     if MOMENTUM:
         after_momentum = load_tile(to_moments[0] + inner_at, N, K)
-    to_inner, to_inner_momentum, more_keys, to_inner_values, more_erase, inner_factor, inner_to_gram, flow = (
-        write_map_gradient(
-            keys, gram, inverse, inner, inner_momentum, inner_values, erase, decay, inner_made,
-            after, after_momentum, inner_read, inner_read_erased, flow, RULE, MOMENTUM, OPERAND,
-        )
+    to_map, to_moment, more_keys, to_map_values, to_map_erase, map_factor, map_to_gram, flow = write_map_gradient(
+        keys, gram, inverse, inner, inner_momentum, inner_values, erase, decay, made,
+        after, after_momentum, inner_read, inner_read_erased, flow, RULE, MOMENTUM, OPERAND,
     )  # fmt: skip
     to_keys += more_keys
     if RULE != GD:
-        to_erase += more_erase
-        to_factor += inner_factor
+        to_erase += to_map_erase
+        to_factor += map_factor
         if MOMENTUM:
-            to_gram += inner_to_gram
-    to_write += scale * tl.sum(to_inner_values * (image * image_factor[:, None]), 1)
-    if MOMENTUM:
-        tl.debug_barrier()
-        store_tile(to_moments[0] + inner_at, to_inner_momentum + moment_to_inner, N, K)
-
-    more_keys, more_values, error_to_inner, error_to_outer = error_values_gradient(
-        keys, values, whole_inner, whole_outer, errors, to_value, to_inner_values * image_write[:, None], to_hidden,
-        MAIN, BOUNDED, OPERAND,
-    )  # fmt: skip
-    whole_to_inner += error_to_inner
-    whole_to_outer += error_to_outer
+            to_gram += map_to_gram
+    to_write += scale * tl.sum(to_map_values * image, 1)
+    to_image = to_map_values * (write * scale)[:, None]
     tl.debug_barrier()
-    store_tile(to_weights[0] + inner_at, to_inner + read_to_inner + whole_to_inner, N, K)
-    store_tile(to_weights[1] + outer_at, to_outer + read_to_outer + whole_to_outer, K, N)
+    store_tile(to_weights[0] + inner_at, to_map + read_to_inner, N, K)
+    if MOMENTUM:
+        store_tile(to_moments[0] + inner_at, to_moment + moment_to_inner, N, K)
+
+    # The errors, computed anew.
+    inner = load_map(weights[0], base[0], inner_at, N, K)[1]
+    outer = load_map(weights[1], base[1], outer_at, K, N)[1]
+    errors = error_values(keys, values, inner, outer, bound, MAIN, BOUNDED, OPERAND)
+    more_keys, more_values, to_inner, to_outer = error_values_gradient(
+        keys, values, inner, outer, errors, to_value, to_image, to_hidden, MAIN, BOUNDED, OPERAND
+    )
+    _add_tile(to_weights[0] + inner_at, to_inner, N, K)
+    _add_tile(to_weights[1] + outer_at, to_outer, K, N)
     if to_base[0] is not None:
-        _add_tile(to_base[0] + inner_at, whole_to_inner + fixed_to_inner, N, K)
-        _add_tile(to_base[1] + outer_at, whole_to_outer + fixed_to_outer, K, N)
-    back = (
-        to_keys + more_keys, to_values + more_values, to_gate, to_kept, to_erase, to_write, to_factor, to_gram
-    )  # fmt: skip
+        _add_tile(to_base[0] + inner_at, to_inner, N, K)
+        _add_tile(to_base[1] + outer_at, to_outer, K, N)
+    back = (to_keys + more_keys, to_values + more_values, to_gate, to_kept, to_erase, to_write, to_factor, to_gram)
     return to_queries, back, flow
 
 
@@ -439,7 +441,8 @@ def _projection_gradient(
 
 @triton.jit
 def _add_tile(pointer, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Adds to a matrix that this program alone writes. The barrier: other threads may load what this one stores."""
+    """Adds to a matrix that this program alone writes. The barriers: other threads load and store the same places."""
+    tl.debug_barrier()
     total = load_tile(pointer, ROWS, COLUMNS) + tile
     tl.debug_barrier()
     store_tile(pointer, total, ROWS, COLUMNS)

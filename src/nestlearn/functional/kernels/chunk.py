@@ -164,11 +164,7 @@ def error_values(
 @triton.jit
 def inverse_factor(gram, erase, decay, C: tl.constexpr, RULE: tl.constexpr):
     """(I + diag(erase) (shift(R^a) * K K^T))^{-1}, which the maps with these keys share; "gd" solves nothing."""
-    if RULE == GD:
-        inverse = gram
-    else:
-        inverse = unit_triangular_inverse(erase[:, None] * decay[0][1] * gram, C)
-    return inverse
+    return gram if RULE == GD else unit_triangular_inverse(erase[:, None] * decay[0][1] * gram, C)
 
 
 @triton.jit
@@ -199,7 +195,7 @@ def write_map(
     if RULE != GD:
         read = product(keys, tl.trans(memory), OPERAND)
         # The reference of "delta" is the snapshot, which at the start of a chunk is the memory itself.
-        old = _weight(decay, RULE)[:, None] * read
+        old = erased_share(decay, RULE)[:, None] * read
         if MOMENTUM:
             read_momentum = product(keys, tl.trans(momentum), OPERAND)
             old += decay[2][3][:, None] * read_momentum
@@ -212,13 +208,9 @@ def write_map(
 
 
 @triton.jit
-def _weight(decay, RULE: tl.constexpr):
+def erased_share(decay, RULE: tl.constexpr):
     """How much of the memory before the chunk is erased at each token."""
-    if RULE == DELTA:
-        weight = decay[0][3] - 1
-    else:
-        weight = decay[0][3]
-    return weight
+    return decay[0][3] - 1 if RULE == DELTA else decay[0][3]
 
 
 @triton.jit

@@ -192,9 +192,7 @@ def _write_memory(
     inner_written, inner_erased, _, _, _ = write_map(
         keys, gram, inverse, inner, inner_momentum, inner_values, erase, decay, RULE, MOMENTUM, OPERAND
     )
-    after, moved = new_map(
-        keys, inner_written, inner_erased, inner, inner_momentum, decay, RULE, MOMENTUM, OPERAND
-    )
+    after, moved = new_map(keys, inner_written, inner_erased, inner, inner_momentum, decay, RULE, MOMENTUM, OPERAND)
     store_tile(weights[0] + there + inner_offset, after, N, K)
     if MOMENTUM:
         store_tile(moments[0] + there + inner_offset, moved, N, K)

@@ -10,7 +10,7 @@ carry_last. A gradient of exp(x) is gathered as gradient * exp(x), that of x.
 import triton
 import triton.language as tl
 
-from nestlearn.functional.kernels.chunk import _weight, written_change
+from nestlearn.functional.kernels.chunk import erased_share, written_change
 from nestlearn.functional.kernels.parts import (
     GD,
     TOKEN,
@@ -63,7 +63,7 @@ def write_map_gradient(
         gradients of memory, momentum, keys, values, erase, the triangular factor, and, with momentum, of K K^T beside
         it; and flow.
     """
-    total, before, whole, moving, moving_whole, write_before, write, carry_before, carry, write_last, carry_last = flow
+    total, before, whole, moving, moving_all, write_before, write, carry_before, carry, write_last, carry_last = flow
     written, erased, read, read_momentum, old = made
     retained, last = decay[0][5], decay[0][4]
     to_memory = retained * after
@@ -74,7 +74,7 @@ def write_map_gradient(
     if MOMENTUM:
         kept, last_momentum = decay[1][5], decay[1][4]
         carry_last += tl.sum(tl.sum(after * momentum, 1), 0)
-        moving_whole += tl.sum(tl.sum(after_momentum * momentum, 1), 0) * kept
+        moving_all += tl.sum(tl.sum(after_momentum * momentum, 1), 0) * kept
         to_momentum = decay[2][5] * after + kept * after_momentum
         through_momentum = product(keys, tl.trans(after_momentum), OPERAND)
         to_keys += product(last_momentum[:, None] * written, after_momentum, OPERAND)
@@ -82,7 +82,7 @@ def write_map_gradient(
         write_last += tl.sum(through * written, 1)
         ends = last_momentum * tl.sum(through_momentum * written, 1)
         moving -= ends
-        moving_whole += tl.sum(ends, 0)
+        moving_all += tl.sum(ends, 0)
     else:
         to_values = last[:, None] * through + read_written
         ends = last * tl.sum(through * written, 1)
@@ -114,19 +114,17 @@ def write_map_gradient(
             to_old = -erase[:, None] * to_values
             to_erase = -tl.sum(to_values * old, 1)
         before += decay[0][3] * tl.sum(to_old * read, 1)
-        to_read = _weight(decay, RULE)[:, None] * to_old
+        to_read = erased_share(decay, RULE)[:, None] * to_old
         to_keys += product(to_read, memory, OPERAND)
         to_memory += product(tl.trans(to_read), keys, OPERAND)
-    flow = (total, before, whole, moving, moving_whole, write_before, write, carry_before, carry, write_last, carry_last)
+    flow = (total, before, whole, moving, moving_all, write_before, write, carry_before, carry, write_last, carry_last)
     return to_memory, to_momentum, to_keys, to_values, to_erase, to_factor, to_gram, flow
 
 
 @triton.jit
-def factor_gradient(
-    to_factor, to_gram, keys, gram, erase, decay, flow, MOMENTUM: tl.constexpr, OPERAND: tl.constexpr
-):
+def factor_gradient(to_factor, to_gram, keys, gram, erase, decay, flow, MOMENTUM: tl.constexpr, OPERAND: tl.constexpr):
     """Undoes the triangular factor, diag(erase) (shift(R^a) * K K^T), and K K^T: gradients of keys and erase, flow."""
-    total, before, whole, moving, moving_whole, write_before, write, carry_before, carry, write_last, carry_last = flow
+    total, before, whole, moving, moving_all, write_before, write, carry_before, carry, write_last, carry_last = flow
     retain_before = decay[0][1]  # strictly lower triangular, like the factor
     weighted = to_factor * retain_before * gram
     to_erase = tl.sum(weighted, 1)
@@ -136,7 +134,7 @@ def factor_gradient(
     if MOMENTUM:
         gathered += to_gram
     to_keys = product(gathered, keys, OPERAND) + product(tl.trans(gathered), keys, OPERAND)
-    flow = (total, before, whole, moving, moving_whole, write_before, write, carry_before, carry, write_last, carry_last)
+    flow = (total, before, whole, moving, moving_all, write_before, write, carry_before, carry, write_last, carry_last)
     return to_keys, to_erase, flow
 
 
@@ -164,7 +162,7 @@ def read_map_gradient(
     Returns:
         gradients of queries, keys, written, erased, memory, momentum; and flow.
     """
-    total, before, whole, moving, moving_whole, write_before, write, carry_before, carry, write_last, carry_last = flow
+    total, before, whole, moving, moving_all, write_before, write, carry_before, carry, write_last, carry_last = flow
     EARLIER: tl.constexpr = 0 if READ == TOKEN else 1
     retain, retained = decay[0][EARLIER], decay[0][2 + EARLIER]
     attention = product(queries, tl.trans(keys), OPERAND)
@@ -207,7 +205,7 @@ def read_map_gradient(
         before += at_row
     to_queries += product(to_attention, keys, OPERAND)
     to_keys = product(tl.trans(to_attention), queries, OPERAND)
-    flow = (total, before, whole, moving, moving_whole, write_before, write, carry_before, carry, write_last, carry_last)
+    flow = (total, before, whole, moving, moving_all, write_before, write, carry_before, carry, write_last, carry_last)
     return to_queries, to_keys, to_written, to_erased, to_memory, to_momentum, flow
 
 
@@ -266,7 +264,7 @@ def strength_gradient(to_erase, to_write, gate, squared_norm, momentum_kept):
 @triton.jit
 def decays_gradient(flow, decay, active, C: tl.constexpr, MOMENTUM: tl.constexpr):
     """Undoes `decays`: gradients of log retention and log momentum, (C,) each, garbage where there is no token."""
-    total, before, whole, moving, moving_whole, write_before, write, carry_before, carry, write_last, carry_last = flow
+    total, before, whole, moving, moving_all, write_before, write, carry_before, carry, write_last, carry_last = flow
     log_momentum = total
     if MOMENTUM:
         retain, retain_before, last = decay[0][0], decay[0][1], decay[0][4]
@@ -291,7 +289,7 @@ def decays_gradient(flow, decay, active, C: tl.constexpr, MOMENTUM: tl.constexpr
         whole += tl.sum(ends, 0)
         weighted = to_momentum * momentum
         moving += tl.sum(weighted, 1) - tl.sum(weighted, 0) + to_kept * kept
-        log_momentum = _from_later(moving, C) + moving_whole
+        log_momentum = _from_later(moving, C) + moving_all
     return _from_later(total + before, C) - before + whole, log_momentum
 
 

@@ -150,7 +150,8 @@ def _check_options(
     mend = 'take backend="torch" for others'
     for name, value, allowed in (("chunk_size", chunk_size, SIZES), ("rule", rule, RULES), ("read", read, READS)):
         if value not in allowed:
-            raise ValueError(f"{name}: the kernels expect one of {', '.join(map(repr, allowed))}, got {value!r}; {mend}")
+            choices = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name}: the kernels expect one of {choices}, got {value!r}; {mend}")
     if operand not in OPERANDS:
         raise ValueError(f"operand: expected torch.float32, torch.bfloat16 or torch.float16, got {operand}")
     if bound is not None and not bound > 0:
@@ -240,7 +241,7 @@ def _walk(
 
     What there is not is an empty tensor.
     """
-    _, batch, heads, tokens, width = u.shape
+    _, batch, heads, tokens, _ = u.shape
     chunks = -(-tokens // chunk_size)
     out = torch.empty_like(u[0], memory_format=torch.contiguous_format)
     state = [inner, outer, inner_momentum, outer_momentum]
@@ -399,7 +400,7 @@ def _gradients(ctx: Any, *to_outputs: Tensor | None) -> tuple[Tensor | None, ...
     to_out = to_outputs[0]
     if to_out is None:
         to_out = torch.zeros_like(u[0])
-    to_state = []
+    to_state: list[Tensor | None] = []
     for gradient, history in zip(to_outputs[1:5], histories, strict=True):
         if history is None:
             to_state.append(None)

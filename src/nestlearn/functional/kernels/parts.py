@@ -61,11 +61,10 @@ def store_tokens(pointer, tile, start, tokens, C: tl.constexpr, K: tl.constexpr)
 def load_map(change, base, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(the part of a linear map that writes change, the whole map); `base` None means that no part is fixed."""
     changing = load_tile(change + offset, ROWS, COLUMNS)
-    if base is None:
-        whole = changing
+    if base is not None:
+        return changing, changing + load_tile(base + offset, ROWS, COLUMNS)
     else:
-        whole = changing + load_tile(base + offset, ROWS, COLUMNS)
-    return changing, whole
+        return changing, changing
 
 
 @triton.jit

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from walks import build, compare, gradients, kernel_walk, leaves_of, single, worst
 
 pytestmark = pytest.mark.triton_interpret
@@ -18,10 +17,10 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (16, {"inner_rule": "dgd", "read": "previous", "momentum": False, "memory_hidden": 32}),
     (17, {"inner_rule": "delta", "read": "previous", "momentum": True, "retain_to": "zero", "memory_hidden": 32}),
     (37, {"inner_rule": "dgd", "read": "token", "momentum": False}),
-    (37, {"inner_rule": "delta", "read": "chunk", "momentum": True, "write_bound": None}),
+    (17, {"inner_rule": "delta", "read": "chunk", "momentum": True, "write_bound": None}),
     (17, {"inner_rule": "gd", "read": "token", "momentum": False, "retention": False}),
     (17, {"inner_rule": "dgd", "read": "chunk", "momentum": True, "retention": False, "retain_to": "zero"}),
-    (17, {"inner_rule": "gd", "read": "chunk", "momentum": False, "write_bound": None, "memory_hidden": 32}),
+    (16, {"inner_rule": "gd", "read": "chunk", "momentum": False, "write_bound": None, "memory_hidden": 32}),
     (37, {"inner_rule": "dgd", "read": "previous", "momentum": True, "chunk_size": 32, "write_bound": None}),
     (70, {"inner_rule": "delta", "read": "token", "momentum": False, "chunk_size": 64, "retention": False}),
     (20, {"inner_rule": "dgd", "read": "token", "momentum": False, "width": 32, "memory_hidden": 16}),
@@ -35,20 +34,21 @@ def test_equals_the_layer(tokens: int, settings: dict[str, Any]) -> None:
 
 
 def test_equals_the_layer_with_several_rows_and_heads() -> None:
-    compare(build(heads=2, momentum=True), 17, batch=2, tolerance=1e-4)
+    compare(build(heads=2, momentum=True), 2, batch=2, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"inner_rule": "delta", "momentum": True, "read": "previous"}])
 def test_half_precision_operands_are_near(settings: dict[str, Any]) -> None:
-    """fp16 rounds each operand by up to 2^-11 = 5e-4; about 20 products lie between an input and a gradient."""
-    compare(build(**settings), 21, operand=torch.float16, tolerance=1e-2)
+    """fp16 rounds each operand by up to 2^-11 = 5e-4, and about ten products lie between an input and an output, twice
+    as many between a cotangent and a gradient. A bias's gradient is one number, a sum over all tokens that cancels."""
+    layer = build(**settings)
+    compare(layer, 18, operand=torch.float16, tolerance=5e-3, gradient_tolerance=3e-2)
 
 
 def test_a_split_walk_equals_the_whole() -> None:
     layer = build(momentum=True)
-    whole, split = (single(leaves_of(layer, 37)) for _ in range(2))
-    for name, value in whole.items():
-        split[name] = value.detach().clone().requires_grad_()
+    whole = single(leaves_of(layer, 18))
+    split = {name: value.detach().clone().requires_grad_() for name, value in whole.items()}
     expected = kernel_walk(layer, whole)
     first = kernel_walk(layer, split | {"u": split["u"][..., :16, :]})
     second = kernel_walk(
@@ -62,7 +62,7 @@ def test_a_split_walk_equals_the_whole() -> None:
 
 def test_rows_do_not_touch_each_other() -> None:
     layer = build()
-    leaves = single(leaves_of(layer, 18, batch=2))
+    leaves = single(leaves_of(layer, 3, batch=2))
     together = kernel_walk(layer, leaves)
     per_row = ("inner", "outer")
     for row in range(2):
@@ -76,9 +76,9 @@ def test_rows_do_not_touch_each_other() -> None:
 def test_no_output_sees_a_later_token(settings: dict[str, Any]) -> None:
     layer = build(**settings)
     with torch.no_grad():
-        leaves = single(leaves_of(layer, 34))
+        leaves = single(leaves_of(layer, 18))
         expected = kernel_walk(layer, leaves)["out"]
-        for token in (9, 16, 33):
+        for token in (9, 16):
             changed = leaves["u"].clone()
             changed[..., token, :] += 1.0
             found = kernel_walk(layer, leaves | {"u": changed})["out"]
@@ -89,7 +89,7 @@ def test_no_output_sees_a_later_token(settings: dict[str, Any]) -> None:
 def test_without_gradients_nothing_changes() -> None:
     """Then the states of all chunks share one place."""
     layer = build(momentum=True, read="chunk")
-    leaves = single(leaves_of(layer, 34))
+    leaves = single(leaves_of(layer, 18))
     before = {name: value.detach().clone() for name, value in leaves.items()}
     expected = kernel_walk(layer, leaves)
     with torch.no_grad():
