@@ -125,11 +125,11 @@ def walk_backward(
     to_moments = (at(to_inner_momentum, row * SIZE), at(to_outer_momentum, row * SIZE))
     to_base = (at(to_base_inner, row * SIZE), at(to_base_outer, row * SIZE))
 
-    gate_sum = tl.zeros((K,), tl.float32)
+    gate_sum = tl.full((K,), 0.0, tl.float32)
     gate_bias_sum = tl.full([], 0.0, tl.float32)
-    retain_sum = tl.zeros((K,), tl.float32)
+    retain_sum = tl.full((K,), 0.0, tl.float32)
     retain_bias_sum = tl.full([], 0.0, tl.float32)
-    momentum_sum = tl.zeros((K,), tl.float32)
+    momentum_sum = tl.full((K,), 0.0, tl.float32)
     momentum_bias_sum = tl.full([], 0.0, tl.float32)
     chunks = tl.cdiv(tokens, C)
     for done in range(chunks):
@@ -142,7 +142,7 @@ def walk_backward(
         keys, values, inverse_keys, inverse_values, gate, log_retain, log_momentum = keys_and_gates(
             u, stream, weights, base, readouts, start, tokens, largest_gate, C, K, N, OPERAND
         )
-        momentum_kept = tl.exp(log_momentum) if MOMENTUM else tl.zeros((C,), tl.float32)
+        momentum_kept = tl.exp(log_momentum) if MOMENTUM else tl.full((C,), 0.0, tl.float32)
         decay = decays(log_retain, log_momentum, active, C, MOMENTUM)
         squared_norm = tl.sum(keys * keys, 1)
         gram = product(keys, tl.trans(keys), OPERAND)
@@ -151,10 +151,10 @@ def walk_backward(
         shared = (keys, values, gate, momentum_kept, gram, erase, erase * (1 - momentum_kept), inverse, bound)
 
         # Gradients of keys, values, gate, momentum, erase and write of the inner maps, their factor, their K K^T.
-        no_row = tl.zeros((C,), tl.float32)
-        no_tokens = tl.zeros((C, K), tl.float32)
-        to_factor = tl.zeros((C, C), tl.float32) if RULE != GD else no_row
-        to_gram = tl.zeros((C, C), tl.float32) if MOMENTUM and RULE != GD else no_row
+        no_row = tl.full((C,), 0.0, tl.float32)
+        no_tokens = tl.full((C, K), 0.0, tl.float32)
+        to_factor = tl.full((C, C), 0.0, tl.float32) if RULE != GD else no_row
+        to_gram = tl.full((C, C), 0.0, tl.float32) if MOMENTUM and RULE != GD else no_row
         back = (no_tokens, no_tokens, no_row, no_row, no_row, no_row, to_factor, to_gram)
         flow = no_flow(C, MOMENTUM)
         raw_queries = load_tokens(u, start, tokens, C, K)
@@ -266,7 +266,7 @@ def _memory_gradient(
     keys, values, gate, momentum_kept, gram, erase, write, inverse, bound = shared
     to_keys, to_values, to_gate, to_kept, to_erase, to_write, to_factor, to_gram = back
     inner_at, outer_at = index * N * K, index * K * N
-    no_inner, no_outer = tl.zeros((N, K), tl.float32), tl.zeros((K, N), tl.float32)
+    no_inner, no_outer = tl.full((N, K), 0.0, tl.float32), tl.full((K, N), 0.0, tl.float32)
 
     # W1, whose keys are the hidden features.
     inner, whole_inner = load_map(weights[0], base[0], inner_at, N, K)
@@ -292,9 +292,9 @@ def _memory_gradient(
 
     # Reads inside the chunk: they reach what was written and erased, both maps, and what is fixed of them.
     to_queries = queries
-    to_hidden = tl.zeros((C, N), tl.float32)
-    outer_read, outer_read_erased = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-    inner_read, inner_read_erased = tl.zeros((C, N), tl.float32), tl.zeros((C, N), tl.float32)
+    to_hidden = tl.full((C, N), 0.0, tl.float32)
+    outer_read, outer_read_erased = tl.full((C, K), 0.0, tl.float32), tl.full((C, K), 0.0, tl.float32)
+    inner_read, inner_read_erased = tl.full((C, N), 0.0, tl.float32), tl.full((C, N), 0.0, tl.float32)
     read_to_inner, moment_to_inner = no_inner, no_inner
     read_to_outer, moment_to_outer = no_outer, no_outer
     if MAIN:

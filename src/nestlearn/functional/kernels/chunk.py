@@ -67,11 +67,11 @@ def keys_and_gates(
     rate = _projected(u + 3 * stream, 2, weights, base, start, tokens, C, K, N, OPERAND)
     gate = tl.where(active, largest_gate * tl.sigmoid(logits(rate, gate_readout, gate_bias, K)), 0.0)
     if momentum_readout is None:
-        log_momentum = tl.zeros((C,), tl.float32)
+        log_momentum = tl.full((C,), 0.0, tl.float32)
     else:
         log_momentum = tl.where(active, log_sigmoid(logits(rate, momentum_readout, momentum_bias, K)), 0.0)
     if retain_readout is None:
-        log_retain = tl.zeros((C,), tl.float32)
+        log_retain = tl.full((C,), 0.0, tl.float32)
     else:
         retention = _projected(u + 3 * stream, 3, weights, base, start, tokens, C, K, N, OPERAND)
         log_retain = tl.where(active, log_sigmoid(logits(retention, retain_readout, retain_bias, K)), 0.0)

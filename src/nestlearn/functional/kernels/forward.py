@@ -113,7 +113,7 @@ def walk_forward(
         keys, values, _, _, gate, log_retain, log_momentum = keys_and_gates(
             u, stream, weights, base, readouts, start, tokens, largest_gate, C, K, N, OPERAND
         )
-        momentum_kept = tl.exp(log_momentum) if MOMENTUM else tl.zeros((C,), tl.float32)
+        momentum_kept = tl.exp(log_momentum) if MOMENTUM else tl.full((C,), 0.0, tl.float32)
         decay = decays(log_retain, log_momentum, active, C, MOMENTUM)
 
         # Eq. 88: the inner maps of all memories have the key k, so they share K K^T and its inverse.

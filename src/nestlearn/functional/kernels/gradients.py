@@ -26,9 +26,9 @@ from nestlearn.functional.kernels.parts import (
 @triton.jit
 def no_flow(C: tl.constexpr, MOMENTUM: tl.constexpr):
     """`flow` before anything has come back. Without momentum nothing reads what is small here."""
-    row = tl.zeros((C,), tl.float32)
+    row = tl.full((C,), 0.0, tl.float32)
     number = tl.full([], 0.0, tl.float32)
-    square = tl.zeros((C, C), tl.float32) if MOMENTUM else row
+    square = tl.full((C, C), 0.0, tl.float32) if MOMENTUM else row
     return row, row, number, row, number, square, square, row, row, row, number
 
 

@@ -78,19 +78,19 @@ def at(pointer, offset):
 
 @triton.jit
 def silu(z):
-    return z * tl.sigmoid(z)
+    return z / (1 + tl.exp(-z))
 
 
 @triton.jit
 def silu_slope(z):
-    gate = tl.sigmoid(z)
+    gate = 1 / (1 + tl.exp(-z))
     return gate + z * gate * (1 - gate)
 
 
 @triton.jit
 def silu_curvature(z):
     """Second derivative of silu."""
-    gate = tl.sigmoid(z)
+    gate = 1 / (1 + tl.exp(-z))
     return gate * (1 - gate) * (2 + z * (1 - 2 * gate))
 
 
@@ -169,19 +169,17 @@ def cumulative(log_gate, C: tl.constexpr):
 def unit_triangular_inverse(factor, C: tl.constexpr):
     """(I + factor)^{-1} for a strictly lower triangular factor (C, C).
 
-    Substitution, in all diagonal blocks of 16 at once, then twice as large blocks from pairs of blocks,
-    [[A, 0], [L, B]]^{-1} = [[A', 0], [-B' L A', B']]: every intermediate is a part of the result, so nothing grows that
-    the result does not. A Neumann series, also by doubling, forms powers of the factor that cancel.
+    From blocks of one entry to ever twice as large ones, all pairs of blocks at once:
+    [[A, 0], [L, B]]^{-1} = [[A', 0], [-B' L A', B']]. Every intermediate is a part of the result, so nothing grows that
+    the result does not. A Neumann series, also by doubling, forms powers of the whole factor, which cancel; and
+    substitution would reduce over the threads of a program once a row.
     """
     rows, columns = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    inside = tl.where(rows // 16 == columns // 16, factor, 0.0)
-    inverse = tl.where(rows == columns, 1.0, 0.0)
-    for step in range(15):
-        # Row `step` of every block is final: take it out of the rows below it. The inverse is block-diagonal, so one
-        # sum over rows lays the rows `step` of all blocks side by side.
-        pivot = tl.sum(tl.where(rows % 16 == step, inverse, 0.0), 0)
-        weight = tl.sum(tl.where(columns % 16 == step, inside, 0.0), 1)
-        inverse -= tl.where(rows // 16 == columns // 16, weight[:, None] * pivot[None, :], 0.0)
+    pair = (rows // 2 == columns // 2) & (rows > columns)
+    inverse = tl.where(rows == columns, 1.0, tl.where(pair, -factor, 0.0))
+    inverse = _merge(inverse, factor, rows, columns, 2)
+    inverse = _merge(inverse, factor, rows, columns, 4)
+    inverse = _merge(inverse, factor, rows, columns, 8)
     if C >= 32:
         inverse = _merge(inverse, factor, rows, columns, 16)
     if C >= 64:
@@ -191,6 +189,7 @@ def unit_triangular_inverse(factor, C: tl.constexpr):
 
 @triton.jit
 def _merge(inverse, factor, rows, columns, SIZE: tl.constexpr):
+    """From the inverses of diagonal blocks of this size to those of twice the size."""
     pair = (rows // (2 * SIZE) == columns // (2 * SIZE)) & (rows // SIZE > columns // SIZE)
     between = tl.where(pair, factor, 0.0)
     return inverse - exact_product(exact_product(inverse, between), inverse)

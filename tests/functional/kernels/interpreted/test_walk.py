@@ -19,7 +19,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (37, {"inner_rule": "dgd", "read": "token", "momentum": False}),
     (17, {"inner_rule": "delta", "read": "chunk", "momentum": True, "write_bound": None}),
     (17, {"inner_rule": "gd", "read": "token", "momentum": False, "retention": False}),
-    (17, {"inner_rule": "dgd", "read": "chunk", "momentum": True, "retention": False, "retain_to": "zero"}),
+    (16, {"inner_rule": "dgd", "read": "chunk", "momentum": True, "retention": False, "retain_to": "zero"}),
     (16, {"inner_rule": "gd", "read": "chunk", "momentum": False, "write_bound": None, "memory_hidden": 32}),
     (37, {"inner_rule": "dgd", "read": "previous", "momentum": True, "chunk_size": 32, "write_bound": None}),
     (70, {"inner_rule": "delta", "read": "token", "momentum": False, "chunk_size": 64, "retention": False}),
@@ -34,7 +34,7 @@ def test_equals_the_layer(tokens: int, settings: dict[str, Any]) -> None:
 
 
 def test_equals_the_layer_with_several_rows_and_heads() -> None:
-    compare(build(heads=2, momentum=True), 2, batch=2, tolerance=1e-4)
+    compare(build(heads=2), 2, batch=2, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"inner_rule": "delta", "momentum": True, "read": "previous"}])
@@ -42,7 +42,7 @@ def test_half_precision_operands_are_near(settings: dict[str, Any]) -> None:
     """fp16 rounds each operand by up to 2^-11 = 5e-4, and about ten products lie between an input and an output, twice
     as many between a cotangent and a gradient. A bias's gradient is one number, a sum over all tokens that cancels."""
     layer = build(**settings)
-    compare(layer, 18, operand=torch.float16, tolerance=5e-3, gradient_tolerance=3e-2)
+    compare(layer, 17, operand=torch.float16, tolerance=5e-3, gradient_tolerance=3e-2)
 
 
 def test_a_split_walk_equals_the_whole() -> None:
@@ -78,12 +78,11 @@ def test_no_output_sees_a_later_token(settings: dict[str, Any]) -> None:
     with torch.no_grad():
         leaves = single(leaves_of(layer, 18))
         expected = kernel_walk(layer, leaves)["out"]
-        for token in (9, 16):
-            changed = leaves["u"].clone()
-            changed[..., token, :] += 1.0
-            found = kernel_walk(layer, leaves | {"u": changed})["out"]
-            assert torch.equal(found[:, :, :token], expected[:, :, :token])
-            assert not torch.equal(found[:, :, token], expected[:, :, token])
+        changed = leaves["u"].clone()
+        changed[..., 9, :] += 1.0
+        found = kernel_walk(layer, leaves | {"u": changed})["out"]
+    assert torch.equal(found[:, :, :9], expected[:, :, :9])
+    assert all(not torch.equal(found[:, :, token], expected[:, :, token]) for token in (10, 17))
 
 
 def test_without_gradients_nothing_changes() -> None:
