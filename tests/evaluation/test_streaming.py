@@ -91,7 +91,7 @@ def test_the_probe_sees_errors_beyond_the_bound_and_leaves_no_trace() -> None:
     assert verdict({**unbounded, "bound": 0.25})[0].startswith(("wrote", "not finite"))
     assert stream(bound, tokens, call=400)["written"] == pytest.approx(0.25, rel=1e-4)
     assert mlp.mlp_error_surprise is original
-    with pytest.raises(RuntimeError, match="stopped"), WriteProbe().watching():
+    with pytest.raises(RuntimeError, match="stopped"), WriteProbe().watching(model):
         raise RuntimeError("stopped")
     assert mlp.mlp_error_surprise is original
 

@@ -55,14 +55,14 @@ def count(model: HopeLM, tokens: Tensor, *, backward: bool = False) -> float:
 @pytest.mark.parametrize("tokens", [256, 100, 1])
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_agree_with_a_count(name: str, tokens: int) -> None:
-    model = HopeLM(HopeConfig(**{**SIZE, **MODELS[name]}))
+    model = HopeLM(HopeConfig(**{**SIZE, **MODELS[name], "backend": "torch"}))
     counted = count(model, torch.randint(256, (2, tokens)))
     assert model.flops_per_token(tokens) == pytest.approx(counted, rel=0.001)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_training_step_costs_three_forward_passes(name: str) -> None:
-    model = HopeLM(HopeConfig(**{**SIZE, **MODELS[name]}))
+    model = HopeLM(HopeConfig(**{**SIZE, **MODELS[name], "backend": "torch"}))
     counted = count(model, torch.randint(256, (1, 256)), backward=True)
     # What a chunk that only reads the snapshot writes last gets no gradient: all of it at 8 chunks is 6%.
     tolerance = 0.07 if model.config.read == "chunk" else 0.02
@@ -71,7 +71,7 @@ def test_a_training_step_costs_three_forward_passes(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_of_a_decoded_token_agree_with_a_count(name: str) -> None:
-    model = HopeLM(HopeConfig(**{**SIZE, **MODELS[name]}))
+    model = HopeLM(HopeConfig(**{**SIZE, **MODELS[name], "backend": "torch"}))
     with torch.no_grad():
         _, state = model(torch.randint(256, (1, 40)))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

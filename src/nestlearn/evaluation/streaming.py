@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import nestlearn.memory.mlp as mlp
 from nestlearn.evaluation.jobs import Job, Record, provenance, run_jobs
@@ -55,9 +55,14 @@ class WriteProbe:
         self.written = 0
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[WriteProbe]:
-        """Looks over the shoulder of the one function from which all two-layer memories take what they write."""
+    def watching(self, model: nn.Module) -> Iterator[WriteProbe]:
+        """Looks over the shoulder of the one function from which all two-layer memories take what they write.
+
+        Meanwhile the model walks in PyTorch operations: compiled code shows nobody what it writes.
+        """
         original = mlp.mlp_error_surprise
+        layers = [module for module in model.modules() if isinstance(module, ChunkedMemoryLayer)]
+        backends = [layer.backend for layer in layers]
 
         def watched(*args: Any, **kwargs: Any) -> MLPSurprise:
             surprise = original(*args, **kwargs)
@@ -68,10 +73,14 @@ class WriteProbe:
             return surprise
 
         mlp.mlp_error_surprise = watched
+        for layer in layers:
+            layer.backend = "torch"
         try:
             yield self
         finally:
             mlp.mlp_error_surprise = original
+            for layer, backend in zip(layers, backends, strict=True):
+                layer.backend = backend
 
 
 def stream_bytes(source: str, tokens: int) -> Tensor:
@@ -141,7 +150,7 @@ def stream(model: HopeLM, tokens: Tensor, *, call: int, notice: Any = None) -> R
     finite = True
     read = 0
     started = time.perf_counter()
-    with probe.watching():
+    with probe.watching(model):
         for start in range(0, tokens.shape[1], call):
             piece = tokens[:, start : start + call].long()
             logits, state = model(piece, state)

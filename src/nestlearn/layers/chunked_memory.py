@@ -17,6 +17,7 @@ from nestlearn.layers.decoding import advance_, without_autocast, writable
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment, plan_timeline
+from nestlearn.layers.triton_walk import triton_refusal, triton_walk
 from nestlearn.memory.mlp import (
     InnerRule,
     MLPChunk,
@@ -31,7 +32,7 @@ from nestlearn.memory.token import TokenGates, read_token
 
 Read = Literal["token", "previous", "chunk"]
 RetainTo = Literal["initial", "zero"]
-Backend = Literal["auto", "torch", "cpp"]
+Backend = Literal["auto", "torch", "cpp", "triton"]
 State = dict[str, Tensor]
 
 # Below 1 the exact step of a write gate, s / (1 - s + s |a|^2), stays finite for keys near zero.
@@ -320,14 +321,20 @@ class ChunkedMemoryLayer(nn.Module):
             lengths=lengths,
             document_starts=document_starts,
         )
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        operand = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
             inputs = timeline.spread(inputs).to(memory.running.inner.dtype)
             if not timeline.segments:
                 o = torch.zeros_like(x)
-            elif self._compiled(inputs.device):
-                o, memory = self._compiled_walk(inputs, memory, timeline.segments)
             else:
-                o, memory = self._walk(inputs, memory, timeline.segments)
+                form = self._form(inputs.device)
+                if form == "cpp":
+                    o, memory = self._compiled_walk(inputs, memory, timeline.segments)
+                elif form == "triton":
+                    o, memory = self._triton_walk(inputs, memory, timeline.segments, operand)
+                else:
+                    o, memory = self._walk(inputs, memory, timeline.segments)
             o = timeline.collect(o)
         y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
         return y, {"position": timeline.position, "convolution": tail, **memory.named()}
@@ -340,7 +347,7 @@ class ChunkedMemoryLayer(nn.Module):
         inputs, state["convolution"] = self._decode_inputs(x, state["convolution"])
         with without_autocast(x.device.type):
             inputs = inputs.to(memory.running.inner.dtype)
-            if self._compiled(x.device):
+            if self._form(x.device) == "cpp":
                 return self.readout(self._compiled_token(inputs, memory, state["position"]).to(x.dtype), x), state
             o = self._token(inputs[:, 0], memory)
         advance_(
@@ -373,20 +380,41 @@ class ChunkedMemoryLayer(nn.Module):
             outputs.append(out.transpose(1, 2).flatten(2))
         return torch.cat(outputs, dim=1), memory
 
-    def _compiled(self, device: torch.device) -> bool:
-        """Whether the compiled walk is to be taken.
+    def _form(self, device: torch.device) -> Backend:
+        """The form of the walk to take, by name: "torch", "cpp" or "triton".
 
         Raises:
-            RuntimeError: if it was asked for by name and cannot be used.
+            RuntimeError: if one was asked for by name and cannot be used.
         """
-        if self.backend == "torch" or (self.backend == "auto" and device.type != "cpu"):
-            return False
-        reason = unavailable() if device.type == "cpu" else f"it runs on the CPU, and the model is on {device}"
-        if reason is not None and self.backend == "cpp":
-            raise RuntimeError(
-                f'backend="cpp": the compiled walk cannot be used: {reason}. backend="auto" does without'
-            )
-        return reason is None
+        if self.backend == "torch":
+            return "torch"
+        if self.backend == "triton":
+            reason = triton_refusal(self._plan(()), (self.memory.inner.shape[-1], self.memory.inner.shape[-2]))
+        elif device.type == "cpu":
+            reason = unavailable()
+        else:
+            reason = f"it runs on the CPU, and the model is on {device}"
+        if reason is None:
+            return "triton" if self.backend == "triton" else "cpp"
+        if self.backend == "auto":
+            return "torch"
+        raise RuntimeError(
+            f'backend="{self.backend}": this form of the walk cannot be used: {reason}. backend="auto" takes what can'
+        )
+
+    def _triton_walk(
+        self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...], operand: torch.dtype
+    ) -> tuple[Tensor, MemoryState]:
+        """`_walk` by Triton kernels; where rows stand inside a chunk, are padded, or hold documents, `_walk` itself."""
+        first = segments[0]
+        at_start = not isinstance(first.end, Tensor) and first.end == first.stop
+        if not at_start or any(s.active is not None or s.reset is not None for s in segments):
+            return self._walk(inputs, memory, segments)
+        streams, _, readouts = self._walk_inputs(inputs)
+        assert readouts is not None
+        base = self.memory.initial
+        out, after = triton_walk(self._plan(segments), streams, readouts, base, WalkState(*memory), operand)
+        return out.transpose(1, 2).flatten(2), MemoryState(*after)
 
     def _compiled_walk(
         self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]

@@ -75,9 +75,10 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         initial_gate: write gate s at initialisation, in (0, 1).
         conv_width: taps of the short convolutions.
         detach_every: cut the gradient through the writes every so many chunks, counted in each call; None never.
-        backend: what walks the memories: "cpp" code that the machine's own C++ compiler builds when it is first
-            needed (CPU), "torch" operations, which can be differentiated twice, or "auto", "cpp" where that can be. The
-            results are the same to rounding.
+        backend: what walks the memories, with the same results to rounding: "torch" operations, the specification,
+            which can be differentiated twice; "cpp", code for the CPU that the machine's own C++ compiler builds when
+            it is first needed; "triton" kernels, which have never been run on a GPU yet; "auto" is "cpp" where that can
+            be, and otherwise "torch".
 
     Raises:
         ValueError: if a number is out of range or a name is unknown.
