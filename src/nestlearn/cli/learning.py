@@ -48,8 +48,8 @@ def train(
     mixer: Annotated[
         str | None,
         typer.Option(
-            help="The sequence layer: self_modifying_titans (Hope, the default), titans, gated_delta_net, "
-            "delta_net, linear_attention, attention or plain_attention."
+            help="The sequence layer: self_modifying_titans (Hope, the default), tnt, titans, "
+            "gated_delta_net, delta_net, linear_attention, attention or plain_attention."
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,

@@ -107,6 +107,9 @@ def check_equality(config: HopeConfig, *, tokens: int = 37, tolerance: float = E
         heads=2,
         chunk_size=chunk,
         projection_chunk_size=None if projection is None else _in_proportion(chunk, config.chunk_size, projection),
+        global_chunk_size=16,
+        local_chunk_sizes=(2, 4),
+        shard_length=12,
         memory_hidden=None,
         cms_expansion=2.0,
     )

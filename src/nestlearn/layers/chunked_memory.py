@@ -240,6 +240,8 @@ class ChunkedMemoryLayer(nn.Module):
         self.retain_to: RetainTo = retain_to
         self.chunk_size = chunk_size
         self.projection_chunk_size = projection_chunk_size
+        # Tokens computed at once. Any divisor of both chunk sizes gives the same result at another speed.
+        self.segment_size = small
         self.write_scale = write_scale
         self.projection_write_scale = projection_write_scale
         self.write_bound = write_bound
@@ -270,19 +272,45 @@ class ChunkedMemoryLayer(nn.Module):
             lengths: (B,) valid tokens of right-padded rows.
             document_starts: (B, T) bool, tokens before which the state is reset.
         """
-        batch, tokens, _ = x.shape
+        batch = x.shape[0]
         memory = self._fresh(batch) if state is None else MemoryState.of(state)
         old_tail = None if state is None else state["convolution"]
         inputs, tail = self._inputs(x, old_tail, lengths, document_starts)
+        position = torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state["position"]
+        o, memory, position = self.walk(inputs, memory, position, lengths=lengths, document_starts=document_starts)
+        y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
+        return y, {"position": position, "convolution": tail, **memory.named()}
+
+    def walk(
+        self,
+        inputs: Tensor,
+        memory: MemoryState,
+        position: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        document_starts: Tensor | None = None,
+    ) -> tuple[Tensor, MemoryState, Tensor]:
+        """The memories alone, between what is known of each token and the readout.
+
+        Args:
+            inputs: (B, T, ...), as `_inputs` gives them.
+            memory: before the first token.
+            position: (B,) int64, tokens since each row's last reset, modulo the larger chunk size.
+            lengths, document_starts: as in `forward`.
+
+        Returns:
+            what the heads read, side by side (B, T, H * V), the memories and the position after each row's last token.
+        """
+        batch = inputs.shape[0]
         timeline = plan_timeline(
-            torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state["position"],
-            tokens,
-            chunk=min(self.chunk_size, self.projection_chunk_size),
+            position,
+            inputs.shape[1],
+            chunk=self.segment_size,
             period=max(self.chunk_size, self.projection_chunk_size),
             lengths=lengths,
             document_starts=document_starts,
         )
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(inputs.device.type, enabled=False):
             inputs = timeline.spread(inputs).to(memory.running.inner.dtype)
             fresh = None
             outputs = []
@@ -298,9 +326,10 @@ class ChunkedMemoryLayer(nn.Module):
                 if self.detach_every is not None and number % self.detach_every == 0:
                     memory = memory.detach()
                 outputs.append(out.transpose(1, 2).flatten(2))
-            o = timeline.collect(torch.cat(outputs, dim=1)) if outputs else torch.zeros_like(x)
-        y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
-        return y, {"position": timeline.position, "convolution": tail, **memory.named()}
+            width = memory.running.outer.shape[1] * memory.running.outer.shape[-2]
+            empty = inputs.new_zeros(batch, 0, width)
+            o = timeline.collect(torch.cat(outputs, dim=1)) if outputs else empty
+        return o, memory, timeline.position
 
     def _scale(self, like: Tensor) -> Tensor:
         """The fraction of its errors that each memory writes, (M, 1, 1).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nestlearn.layers import (
+    TNT,
     Attention,
     DeltaNet,
     GatedDeltaNet,
@@ -17,11 +19,28 @@ from nestlearn.layers import (
     SelfModifyingTitans,
     Titans,
 )
+from nestlearn.layers.tnt import LONGEST_SEGMENT
 from nestlearn.levels import EVERY_READ, Level
 from nestlearn.memory.continuum import ContinuumMemory
 from nestlearn.models.config import HopeConfig
 
 State = dict[str, Tensor]
+
+
+# Settings of memories that mixers take as they are.
+OF_TITANS = ("read", "retain_to", "write_bound", "memory_hidden", "initial_gate", "detach_every")
+OF_MEMORIES = (
+    *OF_TITANS,
+    "projection_chunk_size",
+    "inner_rule",
+    "momentum",
+    "retention",
+    "negative_eigenvalues",
+    "adaptive_query",
+    "residual_memory",
+    "write_scale",
+    "projection_write_scale",
+)
 
 
 class HopeBlock(nn.Module):
@@ -186,6 +205,13 @@ class HopeLM(nn.Module):
                 projection = config.projection_chunk_size or config.chunk_size
                 main = config.chunk_size if config.read == "chunk" else 1
                 levels += [Level(f"{name}.memory", main), Level(f"{name}.projections", projection)]
+            elif config.mixer == "tnt":
+                chunk = config.global_chunk_size
+                levels += [Level(f"{name}.global_memory.{part}", chunk) for part in ("memory", "projections")]
+                for number, chunk in enumerate(config.local_chunk_sizes):
+                    local = f"{name}.local_memories.{number}"
+                    main = chunk if config.read == "chunk" else 1
+                    levels += [Level(f"{local}.memory", main), Level(f"{local}.projections", chunk)]
             else:
                 chunked = config.mixer == "titans" and config.read == "chunk"
                 levels.append(Level(f"{name}.memory", config.chunk_size if chunked else 1))
@@ -243,30 +269,23 @@ def build_mixer(config: HopeConfig) -> nn.Module:
         return PlainAttention(dim, heads)
     if config.mixer == "attention":
         return Attention(dim, heads, conv_width=config.conv_width)
+    if config.mixer == "tnt":
+        sizes = ("global_chunk_size", "local_chunk_sizes", "shard_length", "conv_width")
+        named = (*sizes, *(name for name in OF_MEMORIES if name != "projection_chunk_size"))
+        return TNT(dim, heads, **{name: getattr(config, name) for name in named})
     chunked: dict[str, Any] = {"chunk_size": config.chunk_size, "conv_width": config.conv_width}
     simple = {"linear_attention": LinearAttention, "delta_net": DeltaNet, "gated_delta_net": GatedDeltaNet}
     if config.mixer in simple:
         return simple[config.mixer](dim, heads, **chunked)
-    shared = ("read", "retain_to", "write_bound", "memory_hidden", "initial_gate", "detach_every")
-    chunked |= {name: getattr(config, name) for name in shared}
     if config.mixer == "titans":
-        return Titans(dim, heads, **chunked)
-    own = (
-        "projection_chunk_size",
-        "inner_rule",
-        "momentum",
-        "retention",
-        "negative_eigenvalues",
-        "adaptive_query",
-        "residual_memory",
-        "write_scale",
-        "projection_write_scale",
-    )
-    return SelfModifyingTitans(dim, heads, **chunked, **{name: getattr(config, name) for name in own})
+        return Titans(dim, heads, **chunked, **{name: getattr(config, name) for name in OF_TITANS})
+    return SelfModifyingTitans(dim, heads, **chunked, **{name: getattr(config, name) for name in OF_MEMORIES})
 
 
 def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
     """Operations of a mixer's forward pass for one token apart from its linear layers (counted by the model)."""
+    if config.mixer == "tnt":
+        return tnt_flops(config, sequence_length)
     width, heads = config.dim // config.heads, config.heads
     chunk = min(config.chunk_size, sequence_length)
     if config.mixer in ("attention", "plain_attention"):
@@ -299,6 +318,17 @@ def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
     else:
         count += 2 * across
     return heads * count
+
+
+def tnt_flops(config: HopeConfig, sequence_length: int) -> float:
+    """`mixer_flops` of TNT: its sets of memories one by one, and the projection of the queries."""
+    alike = dataclasses.replace(config, mixer="self_modifying_titans", projection_chunk_size=None)
+    segments = [min(size, LONGEST_SEGMENT) for size in (config.global_chunk_size, *config.local_chunk_sizes)]
+    reads = ["chunk", *[config.read] * len(config.local_chunk_sizes)]
+    sets = [dataclasses.replace(alike, chunk_size=size, read=read) for size, read in zip(segments, reads, strict=True)]
+    width, shard = config.dim // config.heads, min(config.shard_length, sequence_length)
+    projection = 2 * 2.0 * width * width + 2 * 2.0 * min(LONGEST_SEGMENT, shard) * width
+    return sum(mixer_flops(one, sequence_length) for one in sets) + config.heads * projection
 
 
 def _with_prefix(state: State, prefix: str) -> State:
