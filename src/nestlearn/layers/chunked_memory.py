@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -185,14 +185,12 @@ def check_choice(name: str, value: str, choices: object) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-class ChunkedMemoryLayer(nn.Module):
-    """A mixer whose memories take a snapshot at the end of each chunk. Subclasses say what a segment computes.
+class ChunkedMemory(nn.Module):
+    """Memories that take a snapshot at the end of each chunk. Subclasses say what a segment computes.
 
     Args:
         heads: H.
-        streams: what the layer reads from x.
         memory: the M memories; the last one is the main memory.
-        readout: what follows the heads.
         inner_rule, momentum, read, retain_to, chunk_size, projection_chunk_size, write_scale,
         projection_write_scale, write_bound, detach_every: as in `SelfModifyingTitans`.
     """
@@ -201,9 +199,7 @@ class ChunkedMemoryLayer(nn.Module):
         self,
         *,
         heads: int,
-        streams: Streams,
         memory: MLPMemory,
-        readout: GatedReadout,
         inner_rule: InnerRule,
         momentum: bool,
         read: Read,
@@ -231,9 +227,7 @@ class ChunkedMemoryLayer(nn.Module):
         if detach_every is not None and detach_every < 1:
             raise ValueError(f"detach_every: expected at least 1 chunk, or None for never; got {detach_every}")
         self.heads = heads
-        self.streams = streams
         self.memory = memory
-        self.readout = readout
         self.inner_rule: InnerRule = inner_rule
         self.momentum = momentum
         self.read: Read = read
@@ -248,39 +242,6 @@ class ChunkedMemoryLayer(nn.Module):
         self.detach_every = detach_every
         self.activation_checkpointing = False
 
-    def init_state(
-        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> State:
-        """Named tensors of a fresh context; the memories are at least fp32 whatever `dtype`."""
-        position = torch.zeros(batch_size, dtype=torch.long, device=self.memory.inner.device)
-        tail = self.streams.init_tail(batch_size, device=device, dtype=dtype)
-        return {"position": position, "convolution": tail, **self._fresh(batch_size).named()}
-
-    def forward(
-        self,
-        x: Tensor,
-        state: State | None = None,
-        *,
-        lengths: Tensor | None = None,
-        document_starts: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """x (B, T, D) -> (B, T, D) and the state after each row's last token.
-
-        Args:
-            x: inputs.
-            state: from `init_state` or an earlier call; None for a fresh context. It is not changed.
-            lengths: (B,) valid tokens of right-padded rows.
-            document_starts: (B, T) bool, tokens before which the state is reset.
-        """
-        batch = x.shape[0]
-        memory = self._fresh(batch) if state is None else MemoryState.of(state)
-        old_tail = None if state is None else state["convolution"]
-        inputs, tail = self._inputs(x, old_tail, lengths, document_starts)
-        position = torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state["position"]
-        o, memory, position = self.walk(inputs, memory, position, lengths=lengths, document_starts=document_starts)
-        y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
-        return y, {"position": position, "convolution": tail, **memory.named()}
-
     def walk(
         self,
         inputs: Tensor,
@@ -293,7 +254,7 @@ class ChunkedMemoryLayer(nn.Module):
         """The memories alone, between what is known of each token and the readout.
 
         Args:
-            inputs: (B, T, ...), as `_inputs` gives them.
+            inputs: (B, T, ...), all that is known of each token before.
             memory: before the first token.
             position: (B,) int64, tokens since each row's last reset, modulo the larger chunk size.
             lengths, document_starts: as in `forward`.
@@ -346,12 +307,6 @@ class ChunkedMemoryLayer(nn.Module):
     def _fresh(self, batch_size: int) -> MemoryState:
         return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)
 
-    def _inputs(
-        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """All that is known of each token before the walk, side by side (B, T, ...), and the convolution's tail."""
-        return self.streams(x, tail, lengths=lengths, document_starts=document_starts)
-
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
         """One stretch inside a chunk: inputs (B, C, ...) -> outputs (B, H, C, V) and the state after it."""
         raise NotImplementedError
@@ -366,3 +321,57 @@ class ChunkedMemoryLayer(nn.Module):
             projection_chunk_size=self.projection_chunk_size,
         )
         return MemoryState(chunk.weights, snapshot, chunk.momentum)
+
+
+class ChunkedMemoryLayer(ChunkedMemory):
+    """A mixer of such memories, with what goes into them and what follows.
+
+    Args:
+        streams: what the layer reads from x.
+        readout: what follows the heads.
+        settings: of the memories.
+    """
+
+    def __init__(self, *, streams: Streams, readout: GatedReadout, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.streams = streams
+        self.readout = readout
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Named tensors of a fresh context; the memories are at least fp32 whatever `dtype`."""
+        position = torch.zeros(batch_size, dtype=torch.long, device=self.memory.inner.device)
+        tail = self.streams.init_tail(batch_size, device=device, dtype=dtype)
+        return {"position": position, "convolution": tail, **self._fresh(batch_size).named()}
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        document_starts: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """x (B, T, D) -> (B, T, D) and the state after each row's last token.
+
+        Args:
+            x: inputs.
+            state: from `init_state` or an earlier call; None for a fresh context. It is not changed.
+            lengths: (B,) valid tokens of right-padded rows.
+            document_starts: (B, T) bool, tokens before which the state is reset.
+        """
+        batch = x.shape[0]
+        memory = self._fresh(batch) if state is None else MemoryState.of(state)
+        old_tail = None if state is None else state["convolution"]
+        inputs, tail = self._inputs(x, old_tail, lengths, document_starts)
+        position = torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state["position"]
+        o, memory, position = self.walk(inputs, memory, position, lengths=lengths, document_starts=document_starts)
+        y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
+        return y, {"position": position, "convolution": tail, **memory.named()}
+
+    def _inputs(
+        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """All that is known of each token before the walk, side by side (B, T, ...), and the convolution's tail."""
+        return self.streams(x, tail, lengths=lengths, document_starts=document_starts)

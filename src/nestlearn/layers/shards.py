@@ -21,9 +21,8 @@ class Shards:
         position: (R,) int64, the place in its shard at which each piece begins.
         lengths: (R,) int64, tokens of each piece; None if all have W.
         continues: (R,) int64, the row whose state a piece goes on from; B where it begins afresh.
-        last: (B,) int64, each row's last piece.
+        final: (B,) int64, the piece after which a row's state is read off; R where a shard ended with it.
         after: (B,) int64, each row's place in its shard after the call.
-        ended: (B,) bool, rows that end with the end of a shard.
         width: W.
         source: (R * W,) int64, the token of each place, counted over all rows; None if place = token.
         places: (B * T,) int64, the place of each token; None if place = token.
@@ -32,9 +31,8 @@ class Shards:
     position: Tensor
     lengths: Tensor | None
     continues: Tensor
-    last: Tensor
+    final: Tensor
     after: Tensor
-    ended: Tensor
     width: int
     source: Tensor | None
     places: Tensor | None
@@ -99,9 +97,8 @@ def plan_shards(
         position=place_of,
         lengths=None if source is None else count,
         continues=continues,
-        last=torch.tensor(last, device=device),
+        final=torch.where(ends == shard_length, len(pieces), torch.tensor(last, device=device)),
         after=ends % shard_length,
-        ended=ends == shard_length,
         width=width,
         source=source,
         places=places,

@@ -11,11 +11,18 @@ from torch.nn import functional as F
 
 from nestlearn.functional.associative import Written, chunk_decay, read_chunk
 from nestlearn.functional.surprise import normalize
-from nestlearn.layers.chunked_memory import MemoryState, Read
-from nestlearn.layers.readout import GatedReadout
-from nestlearn.layers.self_modifying_titans import SelfModifyingTitans
+from nestlearn.layers.chunked_memory import (
+    ChunkedMemory,
+    MemoryState,
+    Read,
+    base_weights,
+    read_main,
+    write_gates,
+)
+from nestlearn.layers.self_modifying_titans import SelfModifyingTitans, gate_logits
 from nestlearn.layers.shards import Shards, plan_shards
-from nestlearn.layers.streams import Streams
+from nestlearn.layers.timeline import Segment
+from nestlearn.memory.mlp import MLPMemory, write_mlp_chunk
 
 State = dict[str, Tensor]
 
@@ -23,33 +30,33 @@ State = dict[str, Tensor]
 LONGEST_SEGMENT = 64
 
 
-class TNT(nn.Module):
+class TNT(SelfModifyingTitans):
     """Self-modifying Titans at two resolutions, whose training parallelises over a sequence.
 
-    One global set of memories V works in long chunks over the whole context and is read at its snapshot. N local sets
-    W^(i) work in short chunks of C_i and return to their own learnt initial state every S tokens (a shard). So shards
-    do not depend on each other: all of them run as rows of one batch, and T tokens take S / C_i steps instead of
-    T / C_i. What the reset loses beyond a shard the global memory keeps.
+    The global memories are a whole self-modifying Titans with long chunks. Its projections' memories make q, k, v, the
+    learning rate and the retention of every token, and its main memory V keeps the whole context. N local memories W^i
+    learn the same pairs in short chunks of C_i tokens and return to their own learnt initial state every S tokens (a
+    shard). So shards do not depend on each other: all of them run as rows of one batch, and T tokens take S / C_i steps
+    instead of T / C_i. What a reset loses V still knows.
 
-        q, k, v, g: one set of slow projections behind short convolutions, shared by all sets of memories
-        P_t = sum of k_s k_s^T / |k_s|^2 over the tokens s of the shard up to t
-        o_t = V_xi(q_t) + sum_i W^(i)_t(P_t q_t / |P_t q_t|)                                 TNT; decisions 23, 24
+        P_t = sum of k_s k_s^T over the tokens s of the shard up to t, |k_s| = 1
+        o_t = V_xi(q_t) + sum_i W^i_t(P_t q_t / |P_t q_t|)                              TNT; decisions 23 and 24
 
-    Each set has the memories for key, value, rate, retention and the main one of `SelfModifyingTitans`, written by its
-    rule. P_t turns a query towards the keys that a local memory has seen since its reset; it is causal at each token.
+    V is read at its snapshot xi. A local memory writes W(k) - W(v) - v by the rule of `SelfModifyingTitans`, with gates
+    of its own. P_t turns a query towards the keys that a local memory has seen since its reset.
 
-    Trained so, a model is fine-tuned for a short while with smaller local chunks (TNT's second stage): no parameter
-    depends on the chunk sizes. That is `nestlearn train --from`.
+    A model trained so is fine-tuned for a short while with smaller local chunks (TNT's second stage, `nestlearn train
+    --from`): no parameter depends on the chunk sizes.
 
     Args:
         dim: D, divisible by heads.
         heads: H.
         global_chunk_size: tokens between snapshots of the global memories.
-        local_chunk_sizes: the same for each of the N local sets; divisors of shard_length.
+        local_chunk_sizes: C_i, one for each local memory; divisors of shard_length.
         shard_length: S, tokens after which the local memories are reset.
-        read: which memory a local read sees: "token" W_t, "previous" W_{t-1}, "chunk" the snapshot.
-        conv_width: taps of the short convolutions.
-        settings: of every set of memories, as in `SelfModifyingTitans` (all but its chunk sizes).
+        read: which state of W^i token t reads: "token" W_t, "previous" W_{t-1}, "chunk" the snapshot.
+        detach_every: cut the gradient through the writes every so many chunks of a memory, counted in each call.
+        settings: of all memories, as in `SelfModifyingTitans` (not its chunk sizes).
 
     Raises:
         ValueError: if a number is out of range or a name is unknown.
@@ -64,44 +71,37 @@ class TNT(nn.Module):
         local_chunk_sizes: Sequence[int] = (8, 16),
         shard_length: int = 2048,
         read: Read = "token",
-        conv_width: int = 4,
+        detach_every: int | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__()
         check_shards(global_chunk_size, local_chunk_sizes, shard_length)
-        self.heads = heads
+        super().__init__(dim, heads, chunk_size=global_chunk_size, read="chunk", detach_every=detach_every, **settings)
         self.shard_length = shard_length
-        self.streams = Streams(dim, heads, streams=4, conv_width=conv_width)
-        self.global_memory = MemorySet(dim, heads, chunk_size=global_chunk_size, read="chunk", **settings)
-        self.local_memories = nn.ModuleList(
-            MemorySet(dim, heads, chunk_size=size, read=read, **settings) for size in local_chunk_sizes
-        )
-        self.readout = GatedReadout(dim, heads, dim // heads)
+        self.local_memories = nn.ModuleList(LocalMemory(self, chunk_size=size, read=read) for size in local_chunk_sizes)
+        for memory in (self, *self._locals()):
+            memory.segment_size = _segment_size(memory.chunk_size)
+            if detach_every is not None:  # the walk counts segments
+                memory.detach_every = detach_every * memory.chunk_size // memory.segment_size
 
     @property
     def activation_checkpointing(self) -> bool:
         """Whether segments are computed again in the backward pass instead of being kept."""
-        return self.global_memory.activation_checkpointing
+        return self._recompute
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, on: bool) -> None:
-        for memories in (self.global_memory, *self._locals()):
-            memories.activation_checkpointing = on
+        self._recompute = on
+        for memory in getattr(self, "local_memories", ()):
+            memory.activation_checkpointing = on
 
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> State:
         """Named tensors of a fresh context; the memories are at least fp32 whatever `dtype`."""
-        position = torch.zeros(batch_size, dtype=torch.long, device=self.global_memory.memory.inner.device)
-        state = {
-            "position": position,
-            "convolution": self.streams.init_tail(batch_size, device=device, dtype=dtype),
-            "key_projection": self._no_keys(batch_size),
-            "global.position": position.clone(),
-        }
-        state |= _prefixed("global", self.global_memory.fresh(batch_size))
-        for number, memories in enumerate(self._locals()):
-            state |= _prefixed(f"local.{number}", memories.fresh(batch_size))
+        state = super().init_state(batch_size, device=device, dtype=dtype)
+        state |= {"shard_position": state["position"].clone(), "key_projection": self._no_keys(batch_size)}
+        for number, memory in enumerate(self._locals()):
+            state |= _prefixed(number, memory.fresh(batch_size))
         return state
 
     def forward(
@@ -125,96 +125,151 @@ class TNT(nn.Module):
         state = self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
         if not tokens:
             return torch.zeros_like(x), dict(state)
-        u, tail = self.streams(x, state["convolution"], lengths=lengths, document_starts=document_starts)
-        u = u.to(state["key_projection"].dtype)
-        o, wide, wide_position = self.global_memory.walk(
-            u, _of(state, "global"), state["global.position"], lengths=lengths, document_starts=document_starts
-        )
-        shards = plan_shards(
-            state["position"],
-            tokens,
-            shard_length=self.shard_length,
-            lengths=lengths,
-            document_starts=document_starts,
-        )
-        after = {"position": shards.after, "convolution": tail, "global.position": wide_position}
-        after |= _prefixed("global", wide)
+        cuts = {"lengths": lengths, "document_starts": document_starts}
+        u, tail = self.streams(x, state["convolution"], **cuts)
+        made, memory, position = self.walk(u, MemoryState.of(state), state["position"], **cuts)
+        after = {"position": position, "convolution": tail, **memory.named()}
+        shards = plan_shards(state["shard_position"], tokens, shard_length=self.shard_length, **cuts)
         with torch.autocast(x.device.type, enabled=False):
-            pieces, seen = self._project_queries(shards.spread(u), state["key_projection"], shards)
-        after["key_projection"] = seen
-        for number, memories in enumerate(self._locals()):
-            own = _of(state, f"local.{number}")
-            read, own = memories.walk_shards(pieces, own, shards)
-            o = o + shards.collect(read, tokens)
-            after |= _prefixed(f"local.{number}", own)
-        y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
-        return y, after
+            o, queries, keys, values, rate, retention = made.unflatten(-1, (self.heads, 6, -1)).unbind(-2)
+            pairs = shards.spread(torch.stack([queries, keys, values], dim=2))  # (R, W, 3, H, K)
+            pairs, after["key_projection"] = self._project_queries(pairs, state["key_projection"], shards)
+            for number, local in enumerate(self._locals()):
+                inputs = torch.cat([pairs.flatten(2), shards.spread(local.logits(rate, retention))], dim=-1)
+                read, memory = local.walk_shards(inputs, _of(state, number), shards)
+                o = o + shards.collect(read, tokens).unflatten(-1, (self.heads, -1))
+                after |= _prefixed(number, memory)
+        after["shard_position"] = shards.after
+        return self.readout(o.to(x.dtype).transpose(1, 2), x), after
 
-    def _project_queries(self, u: Tensor, seen: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
-        """The streams of the pieces (R, W, 4 D) with P_t q_t in place of q_t, and P (B, H, K, K) after each row."""
-        queries, keys = normalize(self.streams.split(u)[:2])
+    def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
+        """As there, with the projections beside what is read: (B, H, C, 6 K)."""
+        out, after = super()._segment(inputs, state, segment)
+        made = self._project(inputs, state.snapshot.add(base_weights(self.memory, self.retain_to)))
+        return torch.cat([out, *made], dim=-1), after
+
+    def _project_queries(self, pairs: Tensor, seen: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+        """P_t q_t in place of q_t in q, k, v (R, W, 3, H, K), and P (B, H, K, K) after each row's last token."""
+        queries, keys, values = pairs.unbind(2)
         if shards.lengths is not None:
-            held = torch.arange(shards.width, device=u.device) < shards.lengths[:, None]
-            keys = keys * held[:, None, :, None]
+            held = torch.arange(shards.width, device=keys.device) < shards.lengths[:, None]
+            keys = keys * held[:, :, None, None]
         none = self._no_keys(1)
-        queries, total = project_on_keys(queries, keys, torch.cat([seen, none]).index_select(0, shards.continues))
-        width = queries.shape[1] * queries.shape[3]
-        pieces = torch.cat([normalize(queries).transpose(1, 2).flatten(2), u[..., width:]], dim=-1)
-        seen = total.index_select(0, shards.last)
-        return pieces, torch.where(shards.ended[:, None, None, None], none, seen)
+        start = torch.cat([seen, none]).index_select(0, shards.continues)
+        projected, total = project_on_keys(queries.transpose(1, 2), keys.transpose(1, 2), start)
+        after = torch.cat([total, none]).index_select(0, shards.final)
+        return torch.stack([normalize(projected.transpose(1, 2)), keys, values], dim=2), after
 
     def _no_keys(self, batch_size: int) -> Tensor:
-        inner = self.global_memory.memory.initial.inner
+        inner = self.memory.initial.inner
         return inner.new_zeros(batch_size, self.heads, inner.shape[-1], inner.shape[-1])
 
-    def _locals(self) -> list[MemorySet]:
+    def _locals(self) -> list[LocalMemory]:
         return list(self.local_memories)  # type: ignore[arg-type]
 
 
-class MemorySet(SelfModifyingTitans):
-    """The memories and gates of `SelfModifyingTitans` alone: their streams and their readout are the caller's, who
-    calls `walk` or `walk_shards` in place of `forward`.
+class LocalMemory(ChunkedMemory):
+    """The main memory of self-modifying Titans, whose keys, values and gates somebody else makes.
 
     Args:
-        dim, heads, settings: as there.
-        chunk_size: of all memories of the set.
+        like: whose settings it has, and whose gates it starts with.
+        chunk_size: tokens between its snapshots.
+        read: which state a token reads.
     """
 
-    def __init__(self, dim: int, heads: int, *, chunk_size: int, **settings: Any) -> None:
-        super().__init__(dim, heads, chunk_size=chunk_size, **settings)
-        self.streams = _SharedStreams(heads)  # type: ignore[assignment]
-        del self.readout
-        self.segment_size = max(n for n in range(1, min(chunk_size, LONGEST_SEGMENT) + 1) if chunk_size % n == 0)
-        if self.detach_every is not None:  # the walk counts segments
-            self.detach_every *= chunk_size // self.segment_size
+    def __init__(self, like: SelfModifyingTitans, *, chunk_size: int, read: Read) -> None:
+        _, _, hidden, width = like.memory.inner.shape
+        super().__init__(
+            heads=like.heads,
+            memory=MLPMemory(like.heads, width, hidden=hidden),
+            inner_rule=like.inner_rule,
+            momentum=like.momentum,
+            read=read,
+            retain_to=like.retain_to,
+            chunk_size=chunk_size,
+            projection_chunk_size=chunk_size,
+            write_scale=like.write_scale,
+            projection_write_scale=like.projection_write_scale,
+            write_bound=like.write_bound,
+            detach_every=like.detach_every,
+        )
+        self.retention = like.retention
+        self.negative_eigenvalues = like.negative_eigenvalues
+        self.residual_memory = like.residual_memory
+        self.largest_gate = like.largest_gate
+        kinds = ("gate", *(["retain"] if like.retention else []), *(["momentum"] if like.momentum else []))
+        for kind in kinds:
+            self.register_parameter(f"{kind}_readout", nn.Parameter(torch.randn(like.heads, width) * width**-0.5))
+            self.register_parameter(f"{kind}_bias", nn.Parameter(getattr(like, f"{kind}_bias").detach().clone()))
 
     def fresh(self, batch_size: int) -> MemoryState:
-        """The memories at the start of a context."""
+        """The memory at the start of a shard."""
         return self._fresh(batch_size)
 
-    def walk_shards(self, u: Tensor, memory: MemoryState, shards: Shards) -> tuple[Tensor, MemoryState]:
-        """All pieces at once: streams u (R, W, 4 D) and the rows' memories (B, ...) -> what the heads read (R, W, D)
-        and each row's memories after its last token, which are fresh again where a shard has ended."""
+    def logits(self, rate: Tensor, retention: Tensor) -> Tensor:
+        """Of the gates, side by side (B, T, gates * H), from what the global memories made (B, T, H, K)."""
+        sources = {"gate": rate, "retain": retention, "momentum": rate}
+        found = [
+            gate_logits(source.transpose(1, 2), getattr(self, f"{kind}_readout"), getattr(self, f"{kind}_bias"))
+            for kind, source in sources.items()
+            if hasattr(self, f"{kind}_readout")
+        ]
+        return torch.cat(found, dim=1).mT
+
+    def walk_shards(self, inputs: Tensor, memory: MemoryState, shards: Shards) -> tuple[Tensor, MemoryState]:
+        """All pieces at once.
+
+        Args:
+            inputs: q, k, v and logits of the pieces, (R, W, 3 D + gates * H).
+            memory: of the rows (B, ...), before their first token.
+            shards: the pieces.
+
+        Returns:
+            what the heads read (R, W, D), and each row's memory after its last token, fresh again where a shard ended.
+        """
         fresh = self._fresh(1)
-        start = _together(memory, fresh, shards.continues)
-        o, memory, _ = self.walk(u, start, shards.position % self.chunk_size, lengths=shards.lengths)
-        count = len(shards.position)
-        ending = torch.where(shards.ended, count, shards.last)
-        return o, _together(memory, fresh, ending)
+        start = _choose(memory, fresh, shards.continues)
+        o, memory, _ = self.walk(inputs, start, shards.position % self.chunk_size, lengths=shards.lengths)
+        return o, _choose(memory, fresh, shards.final)
 
+    def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
+        base = base_weights(self.memory, self.retain_to)
+        whole = state.snapshot.add(base)
+        width = self.heads * whole.outer.shape[-2]
+        pairs = inputs[..., : 3 * width].unflatten(-1, (3, self.heads, -1))
+        queries, keys, values = pairs.permute(2, 0, 3, 1, 4)
+        logits = list(inputs[..., 3 * width :].unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1))
+        gates = write_gates(
+            logits[0],
+            logits[1] if self.retention else None,
+            logits[-1] if self.momentum else None,
+            segment.active,
+            largest_gate=self.largest_gate,
+        )
 
-class _SharedStreams(nn.Module):
-    """What is left of `Streams` where somebody else computes them: four, and where each lies."""
-
-    count = 4
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-
-    def split(self, u: Tensor) -> Tensor:
-        """(B, T, 4 D) -> (4, B, H, T, K)."""
-        return u.unflatten(-1, (self.count, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Eq. 84, 85 for the main memory: its target is v + W(v).
+        z_k, z_v = (torch.cat([keys, values], dim=2) @ whole.inner[:, :, 0].mT).chunk(2, dim=2)
+        hidden = F.silu(z_k)
+        error = (hidden - F.silu(z_v)) @ whole.outer[:, :, 0].mT - values
+        if self.residual_memory:
+            error = error + keys
+        chunk = write_mlp_chunk(
+            state.running,
+            state.snapshot,
+            state.momentum,
+            whole.outer,
+            keys,
+            z_k.unsqueeze(2),
+            hidden.unsqueeze(2),
+            error.unsqueeze(2),
+            gates,
+            rule=self.inner_rule,
+            negative_eigenvalues=self.negative_eigenvalues,
+            bound=self.write_bound,
+            scale=self._scale(keys),
+        )
+        out = read_main(chunk, base, state, keys, queries, gates, self.read)
+        return (out + queries if self.residual_memory else out), self._after(state, chunk, segment)
 
 
 def project_on_keys(
@@ -264,7 +319,11 @@ def check_shards(global_chunk_size: int, local_chunk_sizes: Sequence[int], shard
             )
 
 
-def _together(state: MemoryState, fresh: MemoryState, rows: Tensor) -> MemoryState:
+def _segment_size(chunk_size: int) -> int:
+    return max(n for n in range(1, min(chunk_size, LONGEST_SEGMENT) + 1) if chunk_size % n == 0)
+
+
+def _choose(state: MemoryState, fresh: MemoryState, rows: Tensor) -> MemoryState:
     """The chosen rows (R,) of a state (B, ...), where B stands for the fresh state (1, ...)."""
     new = fresh.named()
     return MemoryState.of(
@@ -272,10 +331,10 @@ def _together(state: MemoryState, fresh: MemoryState, rows: Tensor) -> MemorySta
     )
 
 
-def _prefixed(prefix: str, memory: MemoryState) -> State:
-    return {f"{prefix}.{name}": value for name, value in memory.named().items()}
+def _prefixed(number: int, memory: MemoryState) -> State:
+    return {f"local.{number}.{name}": value for name, value in memory.named().items()}
 
 
-def _of(state: State, prefix: str) -> MemoryState:
-    own = {name.removeprefix(f"{prefix}."): value for name, value in state.items() if name.startswith(f"{prefix}.")}
-    return MemoryState.of(own)
+def _of(state: State, number: int) -> MemoryState:
+    prefix = f"local.{number}."
+    return MemoryState.of({n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)})

@@ -206,12 +206,10 @@ class HopeLM(nn.Module):
                 main = config.chunk_size if config.read == "chunk" else 1
                 levels += [Level(f"{name}.memory", main), Level(f"{name}.projections", projection)]
             elif config.mixer == "tnt":
-                chunk = config.global_chunk_size
-                levels += [Level(f"{name}.global_memory.{part}", chunk) for part in ("memory", "projections")]
-                for number, chunk in enumerate(config.local_chunk_sizes):
-                    local = f"{name}.local_memories.{number}"
-                    main = chunk if config.read == "chunk" else 1
-                    levels += [Level(f"{local}.memory", main), Level(f"{local}.projections", chunk)]
+                levels += [Level(f"{name}.{part}", config.global_chunk_size) for part in ("memory", "projections")]
+                for number, size in enumerate(config.local_chunk_sizes):
+                    main = size if config.read == "chunk" else 1
+                    levels.append(Level(f"{name}.local_memories.{number}.memory", main))
             else:
                 chunked = config.mixer == "titans" and config.read == "chunk"
                 levels.append(Level(f"{name}.memory", config.chunk_size if chunked else 1))
@@ -284,8 +282,6 @@ def build_mixer(config: HopeConfig) -> nn.Module:
 
 def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
     """Operations of a mixer's forward pass for one token apart from its linear layers (counted by the model)."""
-    if config.mixer == "tnt":
-        return tnt_flops(config, sequence_length)
     width, heads = config.dim // config.heads, config.heads
     chunk = min(config.chunk_size, sequence_length)
     if config.mixer in ("attention", "plain_attention"):
@@ -295,17 +291,34 @@ def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
     if config.mixer in ("linear_attention", "delta_net", "gated_delta_net"):
         solve = 0.0 if config.mixer == "linear_attention" else across + 2 * within
         return heads * (2 * across + 2 * within + solve)
-    hidden = config.memory_hidden or width
-    across = 2.0 * width * hidden
-    erasing = config.mixer == "self_modifying_titans" and config.inner_rule != "gd"
-    momentum = config.mixer == "titans" or config.momentum
-    memories = 1
-    projections = 0
+    if config.mixer == "titans":
+        plain = dataclasses.replace(config, inner_rule="gd", momentum=True)
+        return heads * memory_flops(plain, chunk, self_made=False)
+    projections = 5 if config.adaptive_query else 4
     if config.mixer == "self_modifying_titans":
-        memories = 6 if config.adaptive_query else 5
-        projections = memories - 1
+        return heads * memory_flops(config, chunk, projections=projections)
+    segment = min(LONGEST_SEGMENT, sequence_length)
+    count = memory_flops(dataclasses.replace(config, read="chunk"), segment, projections=projections)
+    count += 2 * projections * 2 * width * (config.memory_hidden or width)  # for the local memories, once more
+    count += sum(memory_flops(config, min(size, segment)) for size in config.local_chunk_sizes)
+    return heads * (count + 2 * across + 2 * 2.0 * segment * width)  # the last: queries projected on keys
+
+
+def memory_flops(config: HopeConfig, chunk: int, *, projections: int = 0, self_made: bool = True) -> float:
+    """The same for one head's two-layer memories.
+
+    Args:
+        config: of the model; its rule, momentum and read are counted.
+        chunk: tokens computed at once.
+        projections: memories beside the main one, which make k, v and gates.
+        self_made: whether the memories make their own targets.
+    """
+    width = config.dim // config.heads
+    within, across = 2.0 * chunk * width, 2.0 * width * (config.memory_hidden or width)
+    erasing, momentum = config.inner_rule != "gd", config.momentum
+    memories = projections + 1
     count = 2.0 * projections * across  # the projections read
-    count += (3 if projections else 2) * memories * across + memories * across  # forward on k and v, error back
+    count += (3 if self_made else 2) * memories * across + memories * across  # forward on k and v, error back
     count += 2 * memories * across  # both maps written
     if erasing:
         count += 2 * memories * across + within + memories * within + 2 * memories * within  # old values, grams, solves
@@ -317,18 +330,7 @@ def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
         count += 4 * across + 4 * within * (2 if erasing and momentum else 1)
     else:
         count += 2 * across
-    return heads * count
-
-
-def tnt_flops(config: HopeConfig, sequence_length: int) -> float:
-    """`mixer_flops` of TNT: its sets of memories one by one, and the projection of the queries."""
-    alike = dataclasses.replace(config, mixer="self_modifying_titans", projection_chunk_size=None)
-    segments = [min(size, LONGEST_SEGMENT) for size in (config.global_chunk_size, *config.local_chunk_sizes)]
-    reads = ["chunk", *[config.read] * len(config.local_chunk_sizes)]
-    sets = [dataclasses.replace(alike, chunk_size=size, read=read) for size, read in zip(segments, reads, strict=True)]
-    width, shard = config.dim // config.heads, min(config.shard_length, sequence_length)
-    projection = 2 * 2.0 * width * width + 2 * 2.0 * min(LONGEST_SEGMENT, shard) * width
-    return sum(mixer_flops(one, sequence_length) for one in sets) + config.heads * projection
+    return count
 
 
 def _with_prefix(state: State, prefix: str) -> State:
