@@ -6,7 +6,7 @@ and nobody optimises it; the numbers in brackets are the decisions of docs/decis
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,60 +135,25 @@ def specify_token(
     Returns:
         o (B, H, K) by the timing of the read.
     """
-    u_q, u_k, u_v, u_g = streams
     names, fixed, running, snapshot, momentum = memories
 
     # (1) Everything that follows is made by M_xi, the memories at the end of the previous chunk.
     xi = {name: fixed[name].plus(snapshot[name]) for name in names}
 
-    # Eq. 83, 90: keys, values, queries, rate and retention are read from memories with a residual (Eq. 89).
-    k = unit(u_k + xi["key"](u_k))
-    v = unit(u_v + xi["value"](u_v))  # (5)
-    q = unit(u_q + xi["query"](u_q)) if layer.adaptive_query else unit(u_q)
-    rate = u_g + xi["rate"](u_g)
-    retention = u_g + xi["retention"](u_g)
-
-    # (7) One number for each head.
-    gate = torch.sigmoid((layer.gate_readout * rate).sum(-1) + layer.gate_bias)
-    alpha = torch.ones_like(gate)
-    if layer.retention:
-        alpha = torch.sigmoid((layer.retain_readout * retention).sum(-1) + layer.retain_bias)
-    mu = torch.zeros_like(gate)
-    if layer.momentum:
-        mu = torch.sigmoid((layer.momentum_readout * rate).sum(-1) + layer.momentum_bias)
+    q, k, v, rate, retention = project(layer, memories, streams)
+    gates = gates_of(layer, rate, retention)
 
     before = {name: running[name] for name in names}
     for name in names:
-        # Eq. 84: the memory makes its own target. (18) The main memory has no residual, its target has.
+        # (18) The main memory has no residual, its target has.
         residual = name != "memory" or layer.residual_memory
-        target = v + xi[name](v)
-
-        # Eq. 85: inner loss 1/2 |M(k) - target|^2, its gradient at the output of each linear map.
-        hidden_input = apply(xi[name].inner, k)
-        hidden = F.silu(hidden_input)
         # (20) Written by a fraction; where nothing is erased, by that fraction of the mean over a chunk.
         fraction = layer.write_scale if name == "memory" else layer.projection_write_scale
         if layer.inner_rule == "gd":
             fraction /= layer.chunk_size if name == "memory" else layer.projection_chunk_size
-        carried = k if residual else 0.0
-        error, image = surprises(xi[name].outer, hidden_input, carried, target, layer.write_bound, fraction)
-
-        # Eq. 88, 90, (3): each linear map, with its own input as the key.
-        maps, moments = [], []
-        for which, key, written in (("inner", k, image), ("outer", hidden, error)):
-            old, at_snapshot, moment = (getattr(m[name], which) for m in (before, snapshot, momentum))
-            erase, write = strengths(layer, gate, alpha, key.square().sum(-1))
-            if layer.inner_rule == "dgd":
-                erased = apply(old, key)
-            elif layer.inner_rule == "delta":
-                erased = apply(old - at_snapshot, key)
-            else:
-                erased = torch.zeros_like(written)
-            # (7) Momentum enters averaged.
-            moment = scale(mu, moment) - scale(write * (1 - mu), product(written, key))
-            maps.append(scale(alpha, old) - scale(erase, product(erased, key)) + moment)
-            moments.append(moment)
-        running[name], momentum[name] = Memory(*maps), Memory(*moments)
+        running[name], momentum[name] = write_token(
+            layer, xi[name], before[name], snapshot[name], momentum[name], k, v, gates, residual, fraction
+        )
 
     # (2) Which state of the main memory the token reads.
     main: dict[Read, Memory] = {
@@ -210,6 +175,71 @@ def specify_token(
             torch.where(ended, running[name].outer, snapshot[name].outer),
         )
     return answers
+
+
+def project(
+    layer: SelfModifyingTitans, memories: Memories, streams: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Eq. 83, 90: q, k, v, rate and retention (B, H, K), read from snapshots of memories with a residual (Eq. 89)."""
+    u_q, u_k, u_v, u_g = streams
+    xi = {name: memories.fixed[name].plus(memories.snapshot[name]) for name in memories.names}
+    k = unit(u_k + xi["key"](u_k))
+    v = unit(u_v + xi["value"](u_v))  # (5)
+    q = unit(u_q + xi["query"](u_q)) if layer.adaptive_query else unit(u_q)
+    return q, k, v, u_g + xi["rate"](u_g), u_g + xi["retention"](u_g)
+
+
+def gates_of(layer: Any, rate: Tensor, retention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(7) The write gate, alpha and the momentum: one number for each head, (B, H)."""
+    gate = torch.sigmoid((layer.gate_readout * rate).sum(-1) + layer.gate_bias)
+    alpha = torch.ones_like(gate)
+    if layer.retention:
+        alpha = torch.sigmoid((layer.retain_readout * retention).sum(-1) + layer.retain_bias)
+    mu = torch.zeros_like(gate)
+    if layer.momentum:
+        mu = torch.sigmoid((layer.momentum_readout * rate).sum(-1) + layer.momentum_bias)
+    return gate, alpha, mu
+
+
+def write_token(
+    layer: Any,
+    xi: Memory,
+    before: Memory,
+    snapshot: Memory,
+    momentum: Memory,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, Tensor, Tensor],
+    residual: bool,
+    fraction: float,
+) -> tuple[Memory, Memory]:
+    """One memory and its momentum after one token: its snapshot xi makes the error, the rule writes what changes."""
+    gate, alpha, mu = gates
+
+    # Eq. 84: the memory makes its own target.
+    target = v + xi(v)
+
+    # Eq. 85: inner loss 1/2 |M(k) - target|^2, its gradient at the output of each linear map.
+    hidden_input = apply(xi.inner, k)
+    hidden = F.silu(hidden_input)
+    error, image = surprises(xi.outer, hidden_input, k if residual else 0.0, target, layer.write_bound, fraction)
+
+    # Eq. 88, 90, (3): each linear map, with its own input as the key.
+    maps, moments = [], []
+    for which, key, written in (("inner", k, image), ("outer", hidden, error)):
+        old, at_snapshot, moment = (getattr(m, which) for m in (before, snapshot, momentum))
+        erase, write = strengths(layer, gate, alpha, key.square().sum(-1))
+        if layer.inner_rule == "dgd":
+            erased = apply(old, key)
+        elif layer.inner_rule == "delta":
+            erased = apply(old - at_snapshot, key)
+        else:
+            erased = torch.zeros_like(written)
+        # (7) Momentum enters averaged.
+        moment = scale(mu, moment) - scale(write * (1 - mu), product(written, key))
+        maps.append(scale(alpha, old) - scale(erase, product(erased, key)) + moment)
+        moments.append(moment)
+    return Memory(*maps), Memory(*moments)
 
 
 def readout(layer: SelfModifyingTitans, outputs: list[Tensor], x: Tensor) -> Tensor:
@@ -239,7 +269,7 @@ def surprises(
         return fraction * error, fraction * bounded(image, bound)
 
 
-def strengths(layer: SelfModifyingTitans, gate: Tensor, alpha: Tensor, squared_norm: Tensor) -> tuple[Tensor, Tensor]:
+def strengths(layer: Any, gate: Tensor, alpha: Tensor, squared_norm: Tensor) -> tuple[Tensor, Tensor]:
     """How strongly a map erases and writes at an input of this squared norm: all (B, H)."""
     if layer.negative_eigenvalues:  # (4)
         most = (1 + alpha) / torch.where(squared_norm > 1, squared_norm, torch.ones_like(squared_norm))
