@@ -27,7 +27,7 @@ from nestlearn.memory.mlp import MLPMemory, write_mlp_chunk
 State = dict[str, Tensor]
 
 # Tokens of a long chunk that are computed at once: more cost more in products with the chunk than they save in steps.
-LONGEST_SEGMENT = 64
+LONGEST_SEGMENT = 128
 
 
 class TNT(SelfModifyingTitans):
@@ -272,9 +272,7 @@ class LocalMemory(ChunkedMemory):
         return (out + queries if self.residual_memory else out), self._after(state, chunk, segment)
 
 
-def project_on_keys(
-    queries: Tensor, keys: Tensor, memory: Tensor, *, chunk_size: int = LONGEST_SEGMENT
-) -> tuple[Tensor, Tensor]:
+def project_on_keys(queries: Tensor, keys: Tensor, memory: Tensor, *, chunk_size: int = 64) -> tuple[Tensor, Tensor]:
     """P_t q_t with P_t = P_0 + sum_{s <= t} k_s k_s^T: linear attention (Eq. 14-15) whose values are its keys.
 
     Nothing is erased, so what each chunk starts from is a running sum, and all chunks are read at once.
