@@ -340,9 +340,8 @@ def test_a_later_stage_starts_from_another_run(nestlearn, trained: Path, tmp_pat
     assert nestlearn("train", "--out", out, "--resume", "--steps", 3).code == 0
     other = tmp_path / "other"
     refused(nestlearn("train", "--from", trained, "--out", other), "--from: say how long with --steps")
-    refused(
-        nestlearn("train", "--from", trained, "--out", other, "--steps", 1, "--preset", "tiny"), "leave --preset out"
-    )
+    short = ("train", "--from", trained, "--out", other, "--steps", 1)
+    refused(nestlearn(*short, "--preset", "tiny"), "leave --preset out")
     refused(nestlearn(*short, "--set", "model.dim=32"), r"dim \(16 there, 32 here\)")
     refused(nestlearn("train", "--from", tmp_path / "none", "--out", other, "--steps", 1), "none")
     assert not other.exists()

@@ -191,7 +191,7 @@ def _time(
 ) -> list[dict[str, Any]]:
     torch.manual_seed(settings.seed)
     models = {name: HopeLM(config).to(device) for name, config in configs.items()}
-    steps = {name: _training_step(model) for name, model in models.items()}
+    steps = {name: training_step(model) for name, model in models.items()}
     batches = torch.randint(256, (settings.alternations + 1, 2, settings.batch, tokens), device=device)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn, (inputs, targets) in enumerate(batches):
@@ -225,7 +225,8 @@ def _row(
     }
 
 
-def _training_step(model: HopeLM) -> Callable[[Tensor, Tensor], None]:
+def training_step(model: HopeLM) -> Callable[[Tensor, Tensor], None]:
+    """What is timed: a function of inputs and targets (B, T) that takes one optimizer step."""
     optimizer = LevelOptimizer.for_model(model, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
 
     def step(inputs: Tensor, targets: Tensor) -> None:
