@@ -212,8 +212,8 @@ def main() -> None:
     parts = [
         f"Hope of width {given.dim}, {given.depth} blocks, {given.heads} heads on bytes, sequences of "
         f"{given.sequence_length:,} tokens, batch {given.batch_size}, fp32, one thread; parameter counts matched by "
-        f"the width of the CMS levels. TNT: global chunk {tnt.global_chunk_size:,}, shards of {tnt.shard_length:,}, local "
-        f"chunks in brackets; plain: self-modifying Titans with one chunk size."
+        f"the width of the CMS levels. TNT: global chunk {tnt.global_chunk_size:,}, shards of {tnt.shard_length:,}, "
+        f"local chunks in brackets; plain: self-modifying Titans with one chunk size."
     ]
     results: dict[str, Any] = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}}
     if given.alternations:
@@ -226,10 +226,11 @@ def main() -> None:
         runs = given.runs or Path("runs") / given.out.name
         records = run_jobs(train_stages, make_jobs(given, configs, runs), runs / "records", processes=given.jobs)
         results["runs"] = records
+        table = loss_table(records, f"chunk {given.local_chunks[0]}")
         parts.append(
             f"Trained on {Path(given.text).name}: {given.steps:,} steps at a learning rate of {given.lr:g}, then for "
             f"TNT {given.fine_tune_steps:,} at {given.fine_tune_lr:g} with the smaller chunks, for the others as many "
-            f"more of the first. ± is the standard error over seeds.\n\n{loss_table(records, f'chunk {given.local_chunks[0]}')}"
+            f"more of the first. ± is the standard error over seeds.\n\n{table}"
         )
     print(write_report(given.out, "Sequence-parallel training", "\n\n".join(parts), results))
 
