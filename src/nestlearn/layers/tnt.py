@@ -22,7 +22,7 @@ from nestlearn.layers.chunked_memory import (
 from nestlearn.layers.self_modifying_titans import SelfModifyingTitans, gate_logits
 from nestlearn.layers.shards import Shards, plan_shards
 from nestlearn.layers.timeline import Segment
-from nestlearn.memory.mlp import MLPMemory, write_mlp_chunk
+from nestlearn.memory.mlp import MLPMemory, last_memory, write_mlp_chunk
 
 State = dict[str, Tensor]
 
@@ -248,9 +248,9 @@ class LocalMemory(ChunkedMemory):
         )
 
         # Eq. 84, 85 for the main memory: its target is v + W(v).
-        z_k, z_v = (torch.cat([keys, values], dim=2) @ whole.inner[:, :, 0].mT).chunk(2, dim=2)
+        z_k, z_v = (torch.cat([keys, values], dim=2) @ last_memory(whole.inner).mT).chunk(2, dim=2)
         hidden = F.silu(z_k)
-        error = (hidden - F.silu(z_v)) @ whole.outer[:, :, 0].mT - values
+        error = (hidden - F.silu(z_v)) @ last_memory(whole.outer).mT - values
         if self.residual_memory:
             error = error + keys
         chunk = write_mlp_chunk(
