@@ -362,7 +362,7 @@ def test_flops_agree_with_a_count(name: str) -> None:
     # Products large enough that what is not a product of matrices does not matter; whole chunks.
     length = 256
     sizes = {"dim": 64, "heads": 2, "chunk_size": 32, "depth": 1, "projection_chunk_size": None}
-    sizes |= {"global_chunk_size": 128, "local_chunk_sizes": (16, 32), "shard_length": 64}
+    sizes |= {"global_chunk_size": 32, "local_chunk_sizes": (16, 32), "shard_length": 64}
     config = HopeConfig(**{**TINY, **MODELS[name], **sizes})
     model = HopeLM(config)
     # Of the kinds of attention, only the plain products are counted there, and those in full.

@@ -297,11 +297,12 @@ def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
     projections = 5 if config.adaptive_query else 4
     if config.mixer == "self_modifying_titans":
         return heads * memory_flops(config, chunk, projections=projections)
-    segment = min(LONGEST_SEGMENT, sequence_length)
-    count = memory_flops(dataclasses.replace(config, read="chunk"), segment, projections=projections)
+    longest = min(LONGEST_SEGMENT, sequence_length)
+    whole = dataclasses.replace(config, read="chunk")
+    count = memory_flops(whole, min(config.global_chunk_size, longest), projections=projections)
     count += 2 * projections * 2 * width * (config.memory_hidden or width)  # for the local memories, once more
-    count += sum(memory_flops(config, min(size, segment)) for size in config.local_chunk_sizes)
-    return heads * (count + 2 * across + 2 * 2.0 * segment * width)  # the last: queries projected on keys
+    count += sum(memory_flops(config, min(size, longest)) for size in config.local_chunk_sizes)
+    return heads * (count + 2 * across + 2 * 2.0 * min(64, longest) * width)  # the last: queries projected on keys
 
 
 def memory_flops(config: HopeConfig, chunk: int, *, projections: int = 0, self_made: bool = True) -> float:
