@@ -57,6 +57,7 @@ def tnt_cells() -> list[str]:
     return ["2.6000 ± 0.1000", "2.5000 ± 0.1000", "+0.0000 ± 0.1000", "1.0 ± 0.0"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{i}: what is read is written. " * 3}) + "\n" for i in range(40)))
