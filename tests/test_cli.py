@@ -387,3 +387,23 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "none.txt" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_later_stage_starts_from_another_run(nestlearn, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "later"
+    result = nestlearn("train", "--from", trained, "--out", out, "--steps", 2, "--set", "model.chunk_size=4")
+    assert result.code == 0, result.err
+    assert "starting from the weights of" in result.said
+    assert re.search(r"chunk_size \(8 there, 4 here\)", result.said)
+    run, before = RunConfig.load(out / "config.toml"), RunConfig.load(trained / "config.toml")
+    assert (run.model["chunk_size"], run.training.steps, run.training.start_from) == (4, 2, str(trained))
+    assert run.training.seed == before.training.seed + 1
+    assert run.data == before.data
+    assert nestlearn("train", "--out", out, "--resume", "--steps", 3).code == 0
+    other = tmp_path / "other"
+    refused(nestlearn("train", "--from", trained, "--out", other), "--from: say how long with --steps")
+    short = ("train", "--from", trained, "--out", other, "--steps", 1)
+    refused(nestlearn(*short, "--preset", "tiny"), "leave --preset out")
+    refused(nestlearn(*short, "--set", "model.dim=32"), r"dim \(16 there, 32 here\)")
+    refused(nestlearn("train", "--from", tmp_path / "none", "--out", other, "--steps", 1), "none")
+    assert not other.exists()

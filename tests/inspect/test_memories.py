@@ -13,6 +13,7 @@ from nestlearn.inspect.memories import describe_memories, memories_table, plot_m
 def model_of(mixer: str = "self_modifying_titans", **settings) -> HopeLM:
     torch.manual_seed(0)
     made = {"dim": 16, "depth": 2, "heads": 2, "chunk_size": 8, "vocab_size": 30, **settings}
+    made |= {"global_chunk_size": 8, "local_chunk_sizes": (2, 4), "shard_length": 8}
     model = HopeLM(HopeConfig(mixer=mixer, **made)).double()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -22,10 +23,10 @@ def model_of(mixer: str = "self_modifying_titans", **settings) -> HopeLM:
 TOKENS = torch.arange(20) * 7 % 30
 
 
-@pytest.mark.parametrize("mixer", ["self_modifying_titans", "titans"])
+@pytest.mark.parametrize("mixer", ["self_modifying_titans", "tnt", "titans"])
 def test_shapes_and_ranges(mixer: str) -> None:
     record = describe_memories(model_of(mixer), TOKENS)
-    memories = 5 if mixer == "self_modifying_titans" else 1
+    memories = 1 if mixer == "titans" else 5
     assert len(record.names) == memories
     assert record.write.shape == record.half_life.shape == (2, 2, 20)
     assert record.error.shape == (2, 2, memories, 20)
@@ -100,7 +101,7 @@ def test_looking_leaves_no_hook_behind() -> None:
     assert not any(block.mixer._forward_pre_hooks for block in model.blocks)
 
 
-@pytest.mark.parametrize("mixer", ["self_modifying_titans", "titans"])
+@pytest.mark.parametrize("mixer", ["self_modifying_titans", "tnt", "titans"])
 def test_table_and_picture(mixer: str, tmp_path: Path) -> None:
     record = describe_memories(model_of(mixer), TOKENS)
     console = Console(width=140)

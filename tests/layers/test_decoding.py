@@ -118,7 +118,8 @@ def test_decoding_from_the_initial_state(mixer: str) -> None:
     assert_same_state(state, expected)
 
 
-@pytest.mark.parametrize("mixer", RECURRENT)
+# TNT decodes by its forward, which makes a new state.
+@pytest.mark.parametrize("mixer", [mixer for mixer in RECURRENT if not mixer.startswith("tnt")])
 @torch.no_grad()
 def test_the_state_stays_where_it_is(mixer: str) -> None:
     """No tensor grows, moves or shares its place with another one, at the end of a chunk neither."""

@@ -12,6 +12,7 @@ from nestlearn.layers.delta_net import DeltaNet, GatedDeltaNet
 from nestlearn.layers.linear_attention import LinearAttention
 from nestlearn.layers.self_modifying_titans import SelfModifyingTitans
 from nestlearn.layers.titans import Titans
+from nestlearn.layers.tnt import TNT
 
 State = dict[str, Tensor]
 DIM, HEADS = 8, 2
@@ -30,6 +31,10 @@ RECURRENT: dict[str, Callable[[], nn.Module]] = {
     ),
     "self_modifying_titans_gradient_descent": lambda: SelfModifyingTitans(
         DIM, HEADS, chunk_size=3, inner_rule="gd", momentum=True, retention=False, conv_width=1
+    ),
+    "tnt": lambda: TNT(DIM, HEADS, global_chunk_size=6, local_chunk_sizes=(2, 4), shard_length=8),
+    "tnt_literal": lambda: TNT(
+        DIM, HEADS, global_chunk_size=4, local_chunk_sizes=(1,), shard_length=3, retain_to="zero", momentum=True
     ),
     "titans": lambda: Titans(DIM, HEADS, chunk_size=4),
     "titans_delta": lambda: Titans(DIM, HEADS, chunk_size=3, inner_rule="delta", momentum=False, read="previous"),
@@ -50,7 +55,7 @@ def build(mixer: str) -> nn.Module:
     layer = MIXERS[mixer]().double()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            if "memory" in name or "convolution" in name or "bias" in name:
+            if "memor" in name or "convolution" in name or "bias" in name:
                 parameter.normal_(std=0.7)
     return layer
 

@@ -60,7 +60,8 @@ def test_flops_agree_with_a_count(name: str, tokens: int) -> None:
     assert model.flops_per_token(tokens) == pytest.approx(counted, rel=0.001)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# TNT's global memories are read a chunk late, so what a short sequence writes into them gets no gradient.
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "tnt"])
 def test_a_training_step_costs_three_forward_passes(name: str) -> None:
     model = HopeLM(HopeConfig(**{**SIZE, **MODELS[name], "backend": "torch"}))
     counted = count(model, torch.randint(256, (1, 256)), backward=True)

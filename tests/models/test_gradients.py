@@ -15,6 +15,8 @@ from nestlearn.models.hope import HopeLM
 MEMORIES = ("key", "value", "rate", "retention", "memory")
 MEMORY_MIXERS = ("self_modifying_titans", "titans")
 GATES = (0.02, 0.1, 0.5, 0.9)
+# Shards short enough that many of them, and several global chunks, fit in the longer text.
+SHARDS = {"global_chunk_size": 512, "shard_length": 512}
 # What decision 19 allows from T = 128 to T = 8192.
 LARGEST_GROWTH = 4.0
 
@@ -113,7 +115,7 @@ def text() -> Tensor:
 
 
 GROWTH_CASES = [
-    pytest.param({"mixer": mixer, **({} if gate is None else {"initial_gate": gate})}, id=f"{mixer}-{gate}")
+    pytest.param({"mixer": mixer, **SHARDS, **({} if gate is None else {"initial_gate": gate})}, id=f"{mixer}-{gate}")
     for mixer in get_args(Mixer)
     for gate in (GATES if mixer in MEMORY_MIXERS else (None,))
 ]

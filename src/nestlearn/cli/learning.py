@@ -12,6 +12,7 @@ from nestlearn.cli.shared import open_model, output, print_json, refuse, say, te
 from nestlearn.training import loop
 from nestlearn.training.config import RunConfig, parse_value
 from nestlearn.training.data import PackedTokens, read_documents, split_documents
+from nestlearn.training.stages import next_stage
 
 # A first model of one's own on a CPU: small, and done within the hour.
 DEFAULT_PRESET = "tiny"
@@ -33,6 +34,15 @@ def train(
         Path | None, typer.Option(help="A run as a TOML file; the options here go before what it says.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="A later stage: start from the weights of this run's folder or checkpoint and keep its settings, but "
+            "for --steps (needed), the options here, and the order of the text. --set may change settings of the "
+            "model that no parameter depends on, such as model.local_chunk_sizes of the mixer tnt.",
+        ),
+    ] = None,
     held_out: Annotated[
         str | None, typer.Option(help="Text of its own to evaluate on; otherwise a part of --text is held out.")
     ] = None,
@@ -45,8 +55,8 @@ def train(
     mixer: Annotated[
         str | None,
         typer.Option(
-            help="The sequence layer: self_modifying_titans (Hope, the default), titans, gated_delta_net, "
-            "delta_net, linear_attention, attention or plain_attention."
+            help="The sequence layer: self_modifying_titans (Hope, the default), tnt, titans, "
+            "gated_delta_net, delta_net, linear_attention, attention or plain_attention."
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -68,12 +78,18 @@ def train(
     """Train a language model on text.
 
     Ctrl-C saves; --resume goes on from there, to the same losses bit for bit. A folder that already holds a run is
-    never overwritten.
+    never overwritten. A later stage, for example the fine-tuning of TNT with smaller chunks, is a run of its own that
+    starts --from another.
     """
     if resume and not out.is_dir():
         refuse(f"--resume: there is no run in {out}; without --resume one is started there")
     if resume and preset is not None:
         refuse("--preset: a run that goes on keeps its model; leave it out, or start another run without --resume")
+    if start is not None and (resume or config is not None or preset is not None):
+        other = "--resume" if resume else "--config" if config is not None else "--preset"
+        refuse(f"--from: a later stage has the settings of the run that it starts from; leave {other} out")
+    if start is not None and steps is None:
+        refuse("--from: say how long with --steps; the second stage of TNT takes about a twentieth of the first one's")
     begun = out / "config.toml"
     if resume and config is None and begun.is_file():
         tables = RunConfig.load(begun).to_dict()
@@ -81,6 +97,8 @@ def train(
         tables = {"model": {}, "data": {}, "training": {}}
         if config is not None:
             tables |= RunConfig.load(config).to_dict()
+        if start is not None and steps is not None:
+            tables |= next_stage(start, steps=max(1, steps)).to_dict()
     if not tables["model"]:
         tables["model"] = {"preset": DEFAULT_PRESET}
     given: dict[str, dict[str, Any]] = {

@@ -30,6 +30,7 @@ from nestlearn.training.data import ByteTokenizer, read_documents
 
 MIXERS = (
     "self_modifying_titans",
+    "tnt",
     "titans",
     "gated_delta_net",
     "delta_net",
@@ -132,8 +133,8 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     """All combinations of what was asked for; choices that a mixer does not have are not varied for it."""
     jobs: list[Job] = []
     for mixer in arguments.mixers:
-        memory = mixer in ("self_modifying_titans", "titans")
-        own = mixer == "self_modifying_titans"
+        memory = mixer in ("self_modifying_titans", "tnt", "titans")
+        own = memory and mixer != "titans"
         choices = itertools.product(
             arguments.gates if memory else [None],
             arguments.rules if own else [None],

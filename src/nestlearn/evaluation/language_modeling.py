@@ -30,6 +30,7 @@ from nestlearn.training.plots import read_log
 # What each name stands for: a mixer inside the layout of Hope, or a plain Transformer.
 MODELS: dict[str, dict[str, Any]] = {
     "hope": {"mixer": "self_modifying_titans"},
+    "tnt": {"mixer": "tnt"},
     "titans": {"mixer": "titans"},
     "gated_delta_net": {"mixer": "gated_delta_net"},
     "delta_net": {"mixer": "delta_net"},

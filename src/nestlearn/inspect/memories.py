@@ -51,10 +51,10 @@ class MemoryRecord:
 
 @torch.no_grad()
 def describe_memories(model: HopeLM, tokens: Tensor) -> MemoryRecord:
-    """Reads a text and looks at the memories of every layer.
+    """Reads a text and looks at the memories of every layer, of TNT at the global ones.
 
     Args:
-        model: with the mixer "self_modifying_titans" or "titans", in evaluation mode.
+        model: with the mixer "self_modifying_titans", "tnt" or "titans", in evaluation mode.
         tokens: (T,) int64, T at least 1.
 
     Raises:
@@ -63,7 +63,7 @@ def describe_memories(model: HopeLM, tokens: Tensor) -> MemoryRecord:
     mixers: list[Any] = [block.mixer for block in model.blocks]
     if not all(isinstance(mixer, SelfModifyingTitans | Titans) for mixer in mixers):
         raise ValueError(
-            f'expected a model with two-layer memories (mixer "self_modifying_titans" or "titans"), '
+            f'expected a model with two-layer memories (mixer "self_modifying_titans", "tnt" or "titans"), '
             f"got the mixer {model.config.mixer!r}"
         )
     if tokens.ndim != 1 or not len(tokens):

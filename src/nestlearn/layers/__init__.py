@@ -5,8 +5,10 @@ from nestlearn.layers.delta_net import DeltaNet, GatedDeltaNet
 from nestlearn.layers.linear_attention import LinearAttention
 from nestlearn.layers.self_modifying_titans import SelfModifyingTitans
 from nestlearn.layers.titans import Titans
+from nestlearn.layers.tnt import TNT
 
 __all__ = [
+    "TNT",
     "Attention",
     "DeltaNet",
     "GatedDeltaNet",

@@ -221,14 +221,12 @@ def check_choice(name: str, value: str, choices: object) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-class ChunkedMemoryLayer(nn.Module):
-    """A mixer whose memories take a snapshot at the end of each chunk. Subclasses say what a segment computes.
+class ChunkedMemory(nn.Module):
+    """Memories that take a snapshot at the end of each chunk. Subclasses say what a segment computes.
 
     Args:
         heads: H.
-        streams: what the layer reads from x.
         memory: the M memories; the last one is the main memory.
-        readout: what follows the heads.
         inner_rule, momentum, read, retain_to, chunk_size, projection_chunk_size, write_scale,
         projection_write_scale, write_bound, detach_every, backend: as in `SelfModifyingTitans`.
     """
@@ -237,9 +235,7 @@ class ChunkedMemoryLayer(nn.Module):
         self,
         *,
         heads: int,
-        streams: Streams,
         memory: MLPMemory,
-        readout: GatedReadout,
         inner_rule: InnerRule,
         momentum: bool,
         read: Read,
@@ -269,15 +265,15 @@ class ChunkedMemoryLayer(nn.Module):
         if detach_every is not None and detach_every < 1:
             raise ValueError(f"detach_every: expected at least 1 chunk, or None for never; got {detach_every}")
         self.heads = heads
-        self.streams = streams
         self.memory = memory
-        self.readout = readout
         self.inner_rule: InnerRule = inner_rule
         self.momentum = momentum
         self.read: Read = read
         self.retain_to: RetainTo = retain_to
         self.chunk_size = chunk_size
         self.projection_chunk_size = projection_chunk_size
+        # Tokens computed at once. Any divisor of both chunk sizes gives the same result at another speed.
+        self.segment_size = small
         self.write_scale = write_scale
         self.projection_write_scale = projection_write_scale
         self.write_bound = write_bound
@@ -285,79 +281,51 @@ class ChunkedMemoryLayer(nn.Module):
         self.backend: Backend = backend
         self.activation_checkpointing = False
 
-    def init_state(
-        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> State:
-        """Named tensors of a fresh context; the memories are at least fp32 whatever `dtype`."""
-        position = torch.zeros(batch_size, dtype=torch.long, device=self.memory.inner.device)
-        tail = self.streams.init_tail(batch_size, device=device, dtype=dtype)
-        return {"position": position, "convolution": tail, **self._fresh(batch_size).named()}
-
-    def forward(
+    def walk(
         self,
-        x: Tensor,
-        state: State | None = None,
+        inputs: Tensor,
+        memory: MemoryState,
+        position: Tensor,
         *,
         lengths: Tensor | None = None,
         document_starts: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """x (B, T, D) -> (B, T, D) and the state after each row's last token.
+    ) -> tuple[Tensor, MemoryState, Tensor]:
+        """The memories alone, between what is known of each token and the readout.
 
         Args:
-            x: inputs.
-            state: from `init_state` or an earlier call; None for a fresh context. It is not changed.
-            lengths: (B,) valid tokens of right-padded rows.
-            document_starts: (B, T) bool, tokens before which the state is reset.
+            inputs: (B, T, ...), all that is known of each token before.
+            memory: before the first token.
+            position: (B,) int64, tokens since each row's last reset, modulo the larger chunk size.
+            lengths, document_starts: as in `forward`.
+
+        Returns:
+            what the heads read, side by side (B, T, H * V), the memories and the position after each row's last token.
         """
-        batch, tokens, _ = x.shape
-        memory = self._fresh(batch) if state is None else MemoryState.of(state)
-        old_tail = None if state is None else state["convolution"]
-        inputs, tail = self._inputs(x, old_tail, lengths, document_starts)
+        batch = inputs.shape[0]
         timeline = plan_timeline(
-            torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state["position"],
-            tokens,
-            chunk=min(self.chunk_size, self.projection_chunk_size),
+            position,
+            inputs.shape[1],
+            chunk=self.segment_size,
             period=max(self.chunk_size, self.projection_chunk_size),
             lengths=lengths,
             document_starts=document_starts,
         )
-        kind = x.device.type
-        operand = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        kind = inputs.device.type
+        operand = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
         with torch.autocast(kind, enabled=False):
             inputs = timeline.spread(inputs).to(memory.running.inner.dtype)
             if not timeline.segments:
-                o = torch.zeros_like(x)
+                width = memory.running.outer.shape[1] * memory.running.outer.shape[-2]
+                return inputs.new_zeros(batch, 0, width), memory, timeline.position
+            form = self._form(inputs.device)
+            if form == "cpp":
+                o, memory = self._compiled_walk(inputs, memory, timeline.segments)
+            elif form == "triton":
+                o, memory = self._triton_walk(inputs, memory, timeline.segments, operand)
             else:
-                form = self._form(inputs.device)
-                if form == "cpp":
-                    o, memory = self._compiled_walk(inputs, memory, timeline.segments)
-                elif form == "triton":
-                    o, memory = self._triton_walk(inputs, memory, timeline.segments, operand)
-                else:
-                    o, memory = self._walk(inputs, memory, timeline.segments)
+                o, memory = self._walk(inputs, memory, timeline.segments)
             o = timeline.collect(o)
-        y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
-        return y, {"position": timeline.position, "convolution": tail, **memory.named()}
-
-    @torch.no_grad()
-    def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token x (B, 1, D) -> (B, 1, D) without gradients; overwrites `state`. Otherwise equal to `forward`."""
-        state = writable(state)
-        memory = MemoryState.of(state)
-        inputs, state["convolution"] = self._decode_inputs(x, state["convolution"])
-        with without_autocast(x.device.type):
-            inputs = inputs.to(memory.running.inner.dtype)
-            if self._form(x.device) == "cpp":
-                return self.readout(self._compiled_token(inputs, memory, state["position"]).to(x.dtype), x), state
-            o = self._token(inputs[:, 0], memory)
-        advance_(
-            state["position"],
-            memory.running,
-            memory.snapshot,
-            chunk_size=self.chunk_size,
-            projection_chunk_size=self.projection_chunk_size,
-        )
-        return self.readout(o.unsqueeze(2).to(x.dtype), x), state
+        return o, memory, timeline.position
 
     def _walk(self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]) -> tuple[Tensor, MemoryState]:
         """The walk in PyTorch operations, segment by segment; the specification of the compiled one.
@@ -422,10 +390,12 @@ class ChunkedMemoryLayer(nn.Module):
         """`_walk` in compiled code."""
         plan = self._plan(segments)
         streams, logits, readouts = self._walk_inputs(inputs)
-        out, after = compiled_walk(plan, streams, logits, readouts, self.memory.initial, WalkState(*memory))
+        out, after, made = compiled_walk(plan, streams, logits, readouts, self.memory.initial, WalkState(*memory))
         memory = MemoryState(*after)
         if self.detach_every is not None and len(segments) % self.detach_every == 0:
             memory = memory.detach()
+        if made is not None:
+            out = torch.cat([out, *made], dim=-1)
         return out.transpose(1, 2).flatten(2), memory
 
     def _compiled_token(self, inputs: Tensor, memory: MemoryState, position: Tensor) -> Tensor:
@@ -480,20 +450,6 @@ class ChunkedMemoryLayer(nn.Module):
     def _fresh(self, batch_size: int) -> MemoryState:
         return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)
 
-    def _inputs(
-        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """All that is known of each token before the walk, side by side (B, T, ...), and the convolution's tail."""
-        return self.streams(x, tail, lengths=lengths, document_starts=document_starts)
-
-    def _decode_inputs(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-        """`_inputs` of one token, (B, 1, ...)."""
-        return self.streams.decode_step(x, tail)
-
-    def _token(self, inputs: Tensor, state: MemoryState) -> Tensor:
-        """One token: inputs (B, ...) -> outputs (B, H, V); the running memories and momenta are written in place."""
-        raise NotImplementedError
-
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
         """One stretch inside a chunk: inputs (B, C, ...) -> outputs (B, H, C, V) and the state after it."""
         raise NotImplementedError
@@ -508,3 +464,85 @@ class ChunkedMemoryLayer(nn.Module):
             projection_chunk_size=self.projection_chunk_size,
         )
         return MemoryState(chunk.weights, snapshot, chunk.momentum)
+
+
+class ChunkedMemoryLayer(ChunkedMemory):
+    """A mixer of such memories, with what goes into them and what follows.
+
+    Args:
+        streams: what the layer reads from x.
+        readout: what follows the heads.
+        settings: of the memories.
+    """
+
+    def __init__(self, *, streams: Streams, readout: GatedReadout, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.streams = streams
+        self.readout = readout
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Named tensors of a fresh context; the memories are at least fp32 whatever `dtype`."""
+        position = torch.zeros(batch_size, dtype=torch.long, device=self.memory.inner.device)
+        tail = self.streams.init_tail(batch_size, device=device, dtype=dtype)
+        return {"position": position, "convolution": tail, **self._fresh(batch_size).named()}
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        document_starts: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """x (B, T, D) -> (B, T, D) and the state after each row's last token.
+
+        Args:
+            x: inputs.
+            state: from `init_state` or an earlier call; None for a fresh context. It is not changed.
+            lengths: (B,) valid tokens of right-padded rows.
+            document_starts: (B, T) bool, tokens before which the state is reset.
+        """
+        batch = x.shape[0]
+        memory = self._fresh(batch) if state is None else MemoryState.of(state)
+        old_tail = None if state is None else state["convolution"]
+        inputs, tail = self._inputs(x, old_tail, lengths, document_starts)
+        position = torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state["position"]
+        o, memory, position = self.walk(inputs, memory, position, lengths=lengths, document_starts=document_starts)
+        y = self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
+        return y, {"position": position, "convolution": tail, **memory.named()}
+
+    @torch.no_grad()
+    def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token x (B, 1, D) -> (B, 1, D) without gradients; overwrites `state`. Otherwise equal to `forward`."""
+        state = writable(state)
+        memory = MemoryState.of(state)
+        inputs, state["convolution"] = self._decode_inputs(x, state["convolution"])
+        with without_autocast(x.device.type):
+            inputs = inputs.to(memory.running.inner.dtype)
+            if self._form(x.device) == "cpp":
+                return self.readout(self._compiled_token(inputs, memory, state["position"]).to(x.dtype), x), state
+            o = self._token(inputs[:, 0], memory)
+        advance_(
+            state["position"],
+            memory.running,
+            memory.snapshot,
+            chunk_size=self.chunk_size,
+            projection_chunk_size=self.projection_chunk_size,
+        )
+        return self.readout(o.unsqueeze(2).to(x.dtype), x), state
+
+    def _inputs(
+        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """All that is known of each token before the walk, side by side (B, T, ...), and the convolution's tail."""
+        return self.streams(x, tail, lengths=lengths, document_starts=document_starts)
+
+    def _decode_inputs(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """`_inputs` of one token, (B, 1, ...)."""
+        return self.streams.decode_step(x, tail)
+
+    def _token(self, inputs: Tensor, state: MemoryState) -> Tensor:
+        """One token: inputs (B, ...) -> outputs (B, H, V); the running memories and momenta are written in place."""
+        raise NotImplementedError

@@ -31,6 +31,7 @@ class WalkPlan:
         bound: of written errors, or None.
         own_targets: whether memory i's target is its own M_i(v) (Eq. 84), or v itself (Titans).
         to_initial: whether memories decay to the base weights; otherwise to zero, and the base is where they start.
+        made: whether what the projections' memories make of each token is wanted too.
     """
 
     segments: tuple[Segment, ...]
@@ -46,7 +47,9 @@ class WalkPlan:
     residual_memory: bool
     adaptive_query: bool
     to_initial: bool
+    retention: bool
     detach_every: int | None
+    made: bool = False
 
 
 class GateReadouts(NamedTuple):
@@ -75,27 +78,31 @@ def compiled_walk(
     readouts: GateReadouts | None,
     base: MLPWeights,
     state: WalkState,
-) -> tuple[Tensor, WalkState]:
+) -> tuple[Tensor, WalkState, Tensor | None]:
     """Walks the memories over a sequence on the CPU, in fp32 or fp64; differentiable once.
 
     Args:
         plan: see there.
         streams: (S, B, H, T, K): q, k, v and the gates' input (self-modifying), or q, k, v normalised.
-        logits: (2 or 3, B, H, T) of the gates where they are given, otherwise None.
+        logits: (1 to 3, B, H, T) of the gates that are on, where they are given, otherwise None.
         readouts: of the gates where memories make their logits, otherwise None.
         base: the initial memories (H, M, ...).
         state: before the first token.
 
     Returns:
-        outputs of the heads (B, H, T, V), and the state after the last token.
+        outputs of the heads (B, H, T, V), the state after the last token, and if they are wanted q, k, v, rate and
+        retention as the projections' memories make them, (5, B, H, T, K).
     """
     given = [streams, logits, *(readouts or (None,) * 6), *base]
-    out, *after = _CompiledWalk.apply(plan, *given, *state.running, *state.snapshot, *(state.momentum or (None, None)))
+    out, made, *after = _CompiledWalk.apply(
+        plan, *given, *state.running, *state.snapshot, *(state.momentum or (None, None))
+    )
     running = MLPWeights(after[0], after[1])
     last = plan.segments[-1]
     together = last.completes(plan.chunk_size) is True and last.completes(plan.projection_chunk_size) is True
     snapshot = running if together else MLPWeights(after[2], after[3])
-    return out, WalkState(running, snapshot, None if state.momentum is None else MLPWeights(after[4], after[5]))
+    momentum = None if state.momentum is None else MLPWeights(after[4], after[5])
+    return out, WalkState(running, snapshot, momentum), made
 
 
 def compiled_walk_(
@@ -130,6 +137,7 @@ class _CompiledWalk(torch.autograd.Function):
         inner, outer = tensors[8], tensors[9]
         assert inner is not None and outer is not None
         out = streams.new_empty(*streams.shape[1:4], outer.shape[-2])
+        made = torch.empty(5, *streams.shape[1:], dtype=streams.dtype) if plan.made else None
         after = [None if w is None else torch.empty_like(w) for w in states]
         keep = any(ctx.needs_input_grad)
         saved: list[Tensor | None] = [None] * 4
@@ -139,6 +147,7 @@ class _CompiledWalk(torch.autograd.Function):
         walk, alive = _arguments(plan, tensors)
         walk.keep = int(keep)
         walk.out = out.data_ptr()
+        walk.made = None if made is None else made.data_ptr()
         _point(walk.after, after)
         _point(walk.saved, saved)
         run_walk(walk, backward=False)
@@ -147,10 +156,10 @@ class _CompiledWalk(torch.autograd.Function):
             ctx.plan = plan
             ctx.present = [t is not None for t in (*tensors, *saved)]
             ctx.save_for_backward(*(t for t in (*tensors, *saved) if t is not None))
-        return (out, *after)
+        return (out, made, *after)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, *d_after: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_out: Tensor, d_made: Tensor | None, *d_after: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 'the compiled walk is differentiable once, and create_graph=True asks for more: set backend="torch" in '
@@ -173,6 +182,8 @@ class _CompiledWalk(torch.autograd.Function):
         given = [None if g is None else g.contiguous() for g in d_after]
         d_out = d_out.contiguous()
         walk.d_out = d_out.data_ptr()
+        d_made = None if d_made is None else d_made.contiguous()
+        walk.d_made = None if d_made is None else d_made.data_ptr()
         _point(walk.saved, saved)
         _point(walk.d_after, given)
         walk.d_streams = d_streams.data_ptr()
@@ -230,7 +241,7 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
         main_residual=plan.residual_memory,
         adaptive_query=plan.adaptive_query,
         to_initial=plan.to_initial,
-        has_retain=logits is not None or tensors[4] is not None,
+        has_retain=plan.retention,
         has_momentum=tensors[14] is not None,
         detach_every=plan.detach_every or 0,
         threads=torch.get_num_threads(),

@@ -6,7 +6,7 @@ and nobody optimises it; the numbers in brackets are the decisions of docs/decis
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,40 @@ class Memory(NamedTuple):
         return apply(self.outer, F.silu(apply(self.inner, x)))
 
 
+class Memories(NamedTuple):
+    """All memories of a layer, by name: what no write changes, what does, its snapshots and its momentum."""
+
+    names: list[str]
+    fixed: dict[str, Memory]
+    running: dict[str, Memory]
+    snapshot: dict[str, Memory]
+    momentum: dict[str, Memory]
+
+    @staticmethod
+    def of(layer: SelfModifyingTitans, batch: int, state: State | None = None) -> Memories:
+        """From a state, or those of a fresh context."""
+        names = ["key", "value", "rate", "retention", *(["query"] if layer.adaptive_query else []), "memory"]
+        initial = {
+            name: Memory(
+                layer.memory.inner[:, i].expand(batch, -1, -1, -1),
+                layer.memory.initial.outer[:, i].expand(batch, -1, -1, -1),
+            )
+            for i, name in enumerate(names)
+        }
+        nothing = {name: Memory(torch.zeros_like(m.inner), torch.zeros_like(m.outer)) for name, m in initial.items()}
+        # (11) Retention to the initial state: M_t = M_0 + D_t and the rule acts on D_t. To zero: it acts on M_t.
+        fixed, start = (initial, nothing) if layer.retain_to == "initial" else (nothing, initial)
+        if state is None:
+            return Memories(names, fixed, dict(start), dict(start), dict(nothing))
+        momentum = unstack(names, state, "_momentum") if layer.momentum else dict(nothing)
+        return Memories(names, fixed, unstack(names, state, ""), unstack(names, state, "_snapshot"), momentum)
+
+    def named(self, layer: SelfModifyingTitans) -> State:
+        """As the layer names them in its state."""
+        state = stack(self.names, self.running, "") | stack(self.names, self.snapshot, "_snapshot")
+        return state | (stack(self.names, self.momentum, "_momentum") if layer.momentum else {})
+
+
 def specify(layer: SelfModifyingTitans, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     """The layer's outputs and final state, token by token.
 
@@ -62,26 +96,12 @@ def specify_reads(
     if layer.detach_every is not None:
         raise ValueError(f"detach_every: expected None, got {layer.detach_every}; the specification cuts no gradient")
     batch, tokens, _ = x.shape
-    names = ["key", "value", "rate", "retention", *(["query"] if layer.adaptive_query else []), "memory"]
-    initial = {
-        name: Memory(
-            layer.memory.inner[:, i].expand(batch, -1, -1, -1),
-            layer.memory.initial.outer[:, i].expand(batch, -1, -1, -1),
-        )
-        for i, name in enumerate(names)
-    }
-    nothing = {name: Memory(torch.zeros_like(m.inner), torch.zeros_like(m.outer)) for name, m in initial.items()}
-
-    # (11) Retention to the initial state: M_t = M_0 + D_t and the rule acts on D_t. Retention to zero: it acts on M_t.
-    fixed, start = (initial, nothing) if layer.retain_to == "initial" else (nothing, initial)
     width = layer.streams.convolution.width
+    memories = Memories.of(layer, batch, state)
     if state is None:
-        running, snapshot, momentum = dict(start), dict(start), dict(nothing)
         position = torch.zeros(batch, dtype=torch.long, device=x.device)
         window = x.new_zeros(batch, width - 1, layer.streams.projection.out_features)
     else:
-        running, snapshot = unstack(names, state, ""), unstack(names, state, "_snapshot")
-        momentum = unstack(names, state, "_momentum") if layer.momentum else dict(nothing)
         position, window = state["position"], state["convolution"]
 
     outputs: dict[Read, list[Tensor]] = {"token": [], "previous": [], "chunk": []}
@@ -92,83 +112,134 @@ def specify_reads(
         u_q, u_k, u_v, u_g = u.unflatten(-1, (4, layer.heads, -1)).unbind(dim=1)
         window = window[:, 1:]
 
-        # (1) Everything that follows is made by M_xi, the memories at the end of the previous chunk.
-        xi = {name: fixed[name].plus(snapshot[name]) for name in names}
-
-        # Eq. 83, 90: keys, values, queries, rate and retention are read from memories with a residual (Eq. 89).
-        k = unit(u_k + xi["key"](u_k))
-        v = unit(u_v + xi["value"](u_v))  # (5)
-        q = unit(u_q + xi["query"](u_q)) if layer.adaptive_query else unit(u_q)
-        rate = u_g + xi["rate"](u_g)
-        retention = u_g + xi["retention"](u_g)
-
-        # (7) One number for each head.
-        gate = torch.sigmoid((layer.gate_readout * rate).sum(-1) + layer.gate_bias)
-        alpha = torch.ones_like(gate)
-        if layer.retention:
-            alpha = torch.sigmoid((layer.retain_readout * retention).sum(-1) + layer.retain_bias)
-        mu = torch.zeros_like(gate)
-        if layer.momentum:
-            mu = torch.sigmoid((layer.momentum_readout * rate).sum(-1) + layer.momentum_bias)
-
-        before = {name: running[name] for name in names}
-        for name in names:
-            # Eq. 84: the memory makes its own target. (18) The main memory has no residual, its target has.
-            residual = name != "memory" or layer.residual_memory
-            target = v + xi[name](v)
-
-            # Eq. 85: inner loss 1/2 |M(k) - target|^2, its gradient at the output of each linear map.
-            hidden_input = apply(xi[name].inner, k)
-            hidden = F.silu(hidden_input)
-            # (20) Written by a fraction; where nothing is erased, by that fraction of the mean over a chunk.
-            fraction = layer.write_scale if name == "memory" else layer.projection_write_scale
-            if layer.inner_rule == "gd":
-                fraction /= layer.chunk_size if name == "memory" else layer.projection_chunk_size
-            carried = k if residual else 0.0
-            error, image = surprises(xi[name].outer, hidden_input, carried, target, layer.write_bound, fraction)
-
-            # Eq. 88, 90, (3): each linear map, with its own input as the key.
-            maps, moments = [], []
-            for which, key, written in (("inner", k, image), ("outer", hidden, error)):
-                old, at_snapshot, moment = (getattr(m[name], which) for m in (before, snapshot, momentum))
-                erase, write = strengths(layer, gate, alpha, key.square().sum(-1))
-                if layer.inner_rule == "dgd":
-                    erased = apply(old, key)
-                elif layer.inner_rule == "delta":
-                    erased = apply(old - at_snapshot, key)
-                else:
-                    erased = torch.zeros_like(written)
-                # (7) Momentum enters averaged.
-                moment = scale(mu, moment) - scale(write * (1 - mu), product(written, key))
-                maps.append(scale(alpha, old) - scale(erase, product(erased, key)) + moment)
-                moments.append(moment)
-            running[name], momentum[name] = Memory(*maps), Memory(*moments)
-
-        # (2) Which state of the main memory the token reads.
-        main = {
-            "token": fixed["memory"].plus(running["memory"]),  # Eq. 78, 82
-            "previous": fixed["memory"].plus(before["memory"]),  # Eq. 83, 86
-            "chunk": xi["memory"],  # Eq. 90
-        }
-        for read, answers in outputs.items():
-            o = main[read](q)
-            answers.append(o + q if layer.residual_memory else o)
-
-        # (10) Where a chunk ends, for each row on its own, a new snapshot is taken.
         position = position + 1
-        for name in names:
-            chunk = layer.chunk_size if name == "memory" else layer.projection_chunk_size
-            ended = (position % chunk == 0)[:, None, None, None]
-            snapshot[name] = Memory(
-                torch.where(ended, running[name].inner, snapshot[name].inner),
-                torch.where(ended, running[name].outer, snapshot[name].outer),
-            )
+        for read, answer in specify_token(layer, memories, (u_q, u_k, u_v, u_g), position).items():
+            outputs[read].append(answer)
 
     period = max(layer.chunk_size, layer.projection_chunk_size)
-    after = {"position": position % period, "convolution": window}
-    after |= stack(names, running, "") | stack(names, snapshot, "_snapshot")
-    after |= stack(names, momentum, "_momentum") if layer.momentum else {}
+    after = {"position": position % period, "convolution": window, **memories.named(layer)}
     return {read: readout(layer, answers, x) for read, answers in outputs.items()}, after
+
+
+def specify_token(
+    layer: SelfModifyingTitans, memories: Memories, streams: tuple[Tensor, Tensor, Tensor, Tensor], position: Tensor
+) -> dict[Read, Tensor]:
+    """One token: writes it into the memories, which it changes, and reads them under every timing.
+
+    Args:
+        layer: holds the parameters and settings of the memories and their gates.
+        memories: before the token; after the call, those after it.
+        streams: u_q, u_k, u_v, u_g (B, H, K).
+        position: (B,), tokens since the reset, this one included.
+
+    Returns:
+        o (B, H, K) by the timing of the read.
+    """
+    names, fixed, running, snapshot, momentum = memories
+
+    # (1) Everything that follows is made by M_xi, the memories at the end of the previous chunk.
+    xi = {name: fixed[name].plus(snapshot[name]) for name in names}
+
+    q, k, v, rate, retention = project(layer, memories, streams)
+    gates = gates_of(layer, rate, retention)
+
+    before = {name: running[name] for name in names}
+    for name in names:
+        # (18) The main memory has no residual, its target has.
+        residual = name != "memory" or layer.residual_memory
+        # (20) Written by a fraction; where nothing is erased, by that fraction of the mean over a chunk.
+        fraction = layer.write_scale if name == "memory" else layer.projection_write_scale
+        if layer.inner_rule == "gd":
+            fraction /= layer.chunk_size if name == "memory" else layer.projection_chunk_size
+        running[name], momentum[name] = write_token(
+            layer, xi[name], before[name], snapshot[name], momentum[name], k, v, gates, residual, fraction
+        )
+
+    # (2) Which state of the main memory the token reads.
+    main: dict[Read, Memory] = {
+        "token": fixed["memory"].plus(running["memory"]),  # Eq. 78, 82
+        "previous": fixed["memory"].plus(before["memory"]),  # Eq. 83, 86
+        "chunk": xi["memory"],  # Eq. 90
+    }
+    answers: dict[Read, Tensor] = {}
+    for read, memory in main.items():
+        o = memory(q)
+        answers[read] = o + q if layer.residual_memory else o
+
+    # (10) Where a chunk ends, for each row on its own, a new snapshot is taken.
+    for name in names:
+        chunk = layer.chunk_size if name == "memory" else layer.projection_chunk_size
+        ended = (position % chunk == 0)[:, None, None, None]
+        snapshot[name] = Memory(
+            torch.where(ended, running[name].inner, snapshot[name].inner),
+            torch.where(ended, running[name].outer, snapshot[name].outer),
+        )
+    return answers
+
+
+def project(
+    layer: SelfModifyingTitans, memories: Memories, streams: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Eq. 83, 90: q, k, v, rate and retention (B, H, K), read from snapshots of memories with a residual (Eq. 89)."""
+    u_q, u_k, u_v, u_g = streams
+    xi = {name: memories.fixed[name].plus(memories.snapshot[name]) for name in memories.names}
+    k = unit(u_k + xi["key"](u_k))
+    v = unit(u_v + xi["value"](u_v))  # (5)
+    q = unit(u_q + xi["query"](u_q)) if layer.adaptive_query else unit(u_q)
+    return q, k, v, u_g + xi["rate"](u_g), u_g + xi["retention"](u_g)
+
+
+def gates_of(layer: Any, rate: Tensor, retention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(7) The write gate, alpha and the momentum: one number for each head, (B, H)."""
+    gate = torch.sigmoid((layer.gate_readout * rate).sum(-1) + layer.gate_bias)
+    alpha = torch.ones_like(gate)
+    if layer.retention:
+        alpha = torch.sigmoid((layer.retain_readout * retention).sum(-1) + layer.retain_bias)
+    mu = torch.zeros_like(gate)
+    if layer.momentum:
+        mu = torch.sigmoid((layer.momentum_readout * rate).sum(-1) + layer.momentum_bias)
+    return gate, alpha, mu
+
+
+def write_token(
+    layer: Any,
+    xi: Memory,
+    before: Memory,
+    snapshot: Memory,
+    momentum: Memory,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, Tensor, Tensor],
+    residual: bool,
+    fraction: float,
+) -> tuple[Memory, Memory]:
+    """One memory and its momentum after one token: its snapshot xi makes the error, the rule writes what changes."""
+    gate, alpha, mu = gates
+
+    # Eq. 84: the memory makes its own target.
+    target = v + xi(v)
+
+    # Eq. 85: inner loss 1/2 |M(k) - target|^2, its gradient at the output of each linear map.
+    hidden_input = apply(xi.inner, k)
+    hidden = F.silu(hidden_input)
+    error, image = surprises(xi.outer, hidden_input, k if residual else 0.0, target, layer.write_bound, fraction)
+
+    # Eq. 88, 90, (3): each linear map, with its own input as the key.
+    maps, moments = [], []
+    for which, key, written in (("inner", k, image), ("outer", hidden, error)):
+        old, at_snapshot, moment = (getattr(m, which) for m in (before, snapshot, momentum))
+        erase, write = strengths(layer, gate, alpha, key.square().sum(-1))
+        if layer.inner_rule == "dgd":
+            erased = apply(old, key)
+        elif layer.inner_rule == "delta":
+            erased = apply(old - at_snapshot, key)
+        else:
+            erased = torch.zeros_like(written)
+        # (7) Momentum enters averaged.
+        moment = scale(mu, moment) - scale(write * (1 - mu), product(written, key))
+        maps.append(scale(alpha, old) - scale(erase, product(erased, key)) + moment)
+        moments.append(moment)
+    return Memory(*maps), Memory(*moments)
 
 
 def readout(layer: SelfModifyingTitans, outputs: list[Tensor], x: Tensor) -> Tensor:
@@ -198,7 +269,7 @@ def surprises(
         return fraction * error, fraction * bounded(image, bound)
 
 
-def strengths(layer: SelfModifyingTitans, gate: Tensor, alpha: Tensor, squared_norm: Tensor) -> tuple[Tensor, Tensor]:
+def strengths(layer: Any, gate: Tensor, alpha: Tensor, squared_norm: Tensor) -> tuple[Tensor, Tensor]:
     """How strongly a map erases and writes at an input of this squared norm: all (B, H)."""
     if layer.negative_eigenvalues:  # (4)
         most = (1 + alpha) / torch.where(squared_norm > 1, squared_norm, torch.ones_like(squared_norm))

@@ -157,27 +157,26 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         return {
             "largest_gate": self.largest_gate,
             "negative_eigenvalues": self.negative_eigenvalues,
+            "retention": self.retention,
             "own_targets": True,
             "residual_memory": self.residual_memory,
             "adaptive_query": self.adaptive_query,
         }
 
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
-        base = base_weights(self.memory, self.retain_to)
-        whole = state.snapshot.add(base)
-        u_q, u_k, u_v, u_g = self.streams.split(inputs).unbind(0)
+        whole = state.snapshot.add(base_weights(self.memory, self.retain_to))
+        return self._learn(self._project(inputs, whole), whole, state, segment)
 
-        # Eq. 83: the projections, from the snapshot.
-        slow = [u_k, u_v, u_g, u_g, u_q] if self.adaptive_query else [u_k, u_v, u_g, u_g]
-        u = torch.stack(slow, dim=2)  # (B, H, M - 1, C, K)
-        projected = u + read_mlp(MLPWeights(whole.inner[:, :, :-1], whole.outer[:, :, :-1]), u)
-        keys, values = normalize(projected[:, :, 0]), normalize(projected[:, :, 1])
-        queries = normalize(projected[:, :, 4] if self.adaptive_query else u_q)
-        rate, retention = projected[:, :, 2], projected[:, :, 3]
+    def _learn(
+        self, projected: tuple[Tensor, ...], whole: MLPWeights, state: MemoryState, segment: Segment
+    ) -> tuple[Tensor, MemoryState]:
+        """The segment, from its q, k, v, rate and retention (B, H, C, K), and the whole memories at the snapshot."""
+        base = base_weights(self.memory, self.retain_to)
+        queries, keys, values, rate, retention = projected
         gates = write_gates(
-            _logits(rate, self.gate_readout, self.gate_bias),
-            _logits(retention, self.retain_readout, self.retain_bias) if self.retention else None,
-            _logits(rate, self.momentum_readout, self.momentum_bias) if self.momentum else None,
+            gate_logits(rate, self.gate_readout, self.gate_bias),
+            gate_logits(retention, self.retain_readout, self.retain_bias) if self.retention else None,
+            gate_logits(rate, self.momentum_readout, self.momentum_bias) if self.momentum else None,
             segment.active,
             largest_gate=self.largest_gate,
         )
@@ -271,6 +270,16 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             out = out + query
         return out.view(batch, heads, dim)
 
+    def _project(self, inputs: Tensor, whole: MLPWeights) -> tuple[Tensor, ...]:
+        """Eq. 83: q, k, v, rate and retention (B, H, C, K) of streams (B, C, 4 D), from the snapshot."""
+        u_q, u_k, u_v, u_g = self.streams.split(inputs).unbind(0)
+        slow = [u_k, u_v, u_g, u_g, u_q] if self.adaptive_query else [u_k, u_v, u_g, u_g]
+        u = torch.stack(slow, dim=2)  # (B, H, M - 1, C, K)
+        projected = u + read_mlp(MLPWeights(whole.inner[:, :, :-1], whole.outer[:, :, :-1]), u)
+        keys, values = normalize(projected[:, :, 0]), normalize(projected[:, :, 1])
+        queries = normalize(projected[:, :, 4] if self.adaptive_query else u_q)
+        return queries, keys, values, projected[:, :, 2], projected[:, :, 3]
+
     def _residual(self, keys: Tensor, values: Tensor) -> Tensor:
         """What the residuals add to the errors M(k) - M(v), (B, H, M, C, K): k - v, and -v for the main memory."""
         projections = keys - values
@@ -279,7 +288,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         return torch.cat([projections.unsqueeze(2).expand(-1, -1, count, -1, -1), main.unsqueeze(2)], dim=2)
 
 
-def _logits(x: Tensor, readout: Tensor, bias: Tensor) -> Tensor:
+def gate_logits(x: Tensor, readout: Tensor, bias: Tensor) -> Tensor:
     """<r, x> + b for each head: x (B, H, C, K) -> (B, H, C)."""
     return (x * readout.to(x.dtype)[:, None]).sum(-1) + bias.to(x.dtype)[:, None]
 

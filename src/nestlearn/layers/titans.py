@@ -105,6 +105,7 @@ class Titans(ChunkedMemoryLayer):
         return {
             "largest_gate": LARGEST_GATE,
             "negative_eigenvalues": False,
+            "retention": True,
             "own_targets": False,
             "residual_memory": False,
             "adaptive_query": False,

@@ -261,27 +261,32 @@ def read_mlp_chunk(
     """
     width = running.inner.shape[-2]
     z = read_chunk(
-        running.inner[:, :, -1],
+        last_memory(running.inner),
         queries,
         keys,
         Written(*(None if x is None else x[..., -width:] for x in chunk.inner)),  # type: ignore[arg-type]
         gates.decay,
-        momentum_state=None if momentum is None else momentum.inner[:, :, -1],
+        momentum_state=None if momentum is None else last_memory(momentum.inner),
         read=read,
     )
     if base is not None:
         z = z + queries @ base.inner[:, -1].mT
     features = F.silu(z)
     out = read_chunk(
-        running.outer[:, :, -1],
+        last_memory(running.outer),
         features,
-        chunk.hidden[:, :, -1],
-        Written(*(None if x is None else x[:, :, -1] for x in chunk.outer)),  # type: ignore[arg-type]
+        last_memory(chunk.hidden),
+        Written(*(None if x is None else last_memory(x) for x in chunk.outer)),  # type: ignore[arg-type]
         gates.decay,
-        momentum_state=None if momentum is None else momentum.outer[:, :, -1],
+        momentum_state=None if momentum is None else last_memory(momentum.outer),
         read=read,
     )
     return out if base is None else out + features @ base.outer[:, -1].mT
+
+
+def last_memory(x: Tensor) -> Tensor:
+    """The last of the memories (B, H, M, ...) -> (B, H, ...). Of a single one a view, whose gradient is a view too."""
+    return x.squeeze(2) if x.shape[2] == 1 else x[:, :, -1]
 
 
 def per_memory(decay: Decay) -> Decay:

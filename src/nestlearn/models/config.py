@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from nestlearn.layers.chunked_memory import Backend, Read, RetainTo, check_choice, check_scales
+from nestlearn.layers.tnt import check_shards
 from nestlearn.memory.continuum import Variant, check_periods
 from nestlearn.memory.mlp import InnerRule
 
 Mixer = Literal[
     "self_modifying_titans",
+    "tnt",
     "attention",
     "plain_attention",
     "titans",
@@ -52,8 +54,8 @@ class HopeConfig:
         dim: D, model width; a multiple of heads.
         depth: number of blocks, each a mixer and a continuum memory system.
         heads: H. Head widths of 64 are fastest.
-        mixer: the sequence layer; "self_modifying_titans" makes the model Hope, "attention" Hope-Attention,
-            "plain_attention" with one CMS level a plain Transformer.
+        mixer: the sequence layer; "self_modifying_titans" makes the model Hope, "tnt" Hope that trains in parallel over
+            a sequence, "attention" Hope-Attention, "plain_attention" with one CMS level a plain Transformer.
         cms_periods: update period of each CMS level, from the fastest; in training counted in optimizer steps.
         cms_expansion: hidden width of each CMS level over D.
         cms_variant: "sequential", "independent" or "nested" (Eq. 72-74).
@@ -61,10 +63,12 @@ class HopeConfig:
         conv_width: taps of the short convolutions.
         chunk_size: tokens between snapshots of the main memory.
         projection_chunk_size: the same for the projections' memories; None for chunk_size.
+        global_chunk_size, local_chunk_sizes, shard_length: of the mixer "tnt", in place of the two above; see
+            `nestlearn.layers.TNT`.
         inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, residual_memory,
         write_scale, projection_write_scale, write_bound, memory_hidden, initial_gate, detach_every, backend: see
-            `nestlearn.layers.SelfModifyingTitans`; Titans takes read, retain_to, write_bound, memory_hidden,
-            initial_gate, detach_every and backend.
+            `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans takes read, retain_to, write_bound,
+            memory_hidden, initial_gate, detach_every and backend.
 
     Raises:
         ValueError: saying what was expected, what came, and how to mend it.
@@ -82,6 +86,9 @@ class HopeConfig:
     conv_width: int = 4
     chunk_size: int = 64
     projection_chunk_size: int | None = None
+    global_chunk_size: int = 2048
+    local_chunk_sizes: tuple[int, ...] = (8, 16)
+    shard_length: int = 2048
     inner_rule: InnerRule = "dgd"
     momentum: bool = False
     read: Read = "token"
@@ -101,7 +108,10 @@ class HopeConfig:
     def __post_init__(self) -> None:
         if isinstance(self.cms_periods, int):
             raise ValueError(f"cms_periods: expected one period a level, for example ({self.cms_periods},)")
-        object.__setattr__(self, "cms_periods", tuple(self.cms_periods))
+        if isinstance(self.local_chunk_sizes, int):
+            raise ValueError(f"local_chunk_sizes: expected one size a memory, for example ({self.local_chunk_sizes},)")
+        for name in ("cms_periods", "local_chunk_sizes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "dim", "depth", "heads", "conv_width", "chunk_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -139,6 +149,7 @@ class HopeConfig:
                 f"chunk_size and projection_chunk_size: one must divide the other, got {self.chunk_size} and "
                 f"{projection}; for example {self.chunk_size} and {max(1, self.chunk_size // 4)}"
             )
+        check_shards(self.global_chunk_size, self.local_chunk_sizes, self.shard_length)
         if not 0 < self.initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")
         check_scales(self.write_scale, self.projection_write_scale)
@@ -170,7 +181,8 @@ class HopeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**asdict(self), "cms_periods": list(self.cms_periods)}
+        lists = {name: list(getattr(self, name)) for name in ("cms_periods", "local_chunk_sizes")}
+        return {**asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HopeConfig:

@@ -7,6 +7,9 @@ its mask leaves. Elementwise work, short convolutions and norms are left out.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from nestlearn.layers.tnt import segment_size
 from nestlearn.models.config import HopeConfig
 
 
@@ -22,9 +25,21 @@ def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
     if config.mixer in ("linear_attention", "delta_net", "gated_delta_net"):
         return config.heads * _matrix_memory(config, _segments(config.chunk_size, sequence_length)[0])
     chunk = config.chunk_size
-    if config.mixer == "self_modifying_titans" and config.projection_chunk_size is not None:
-        chunk = min(chunk, config.projection_chunk_size)
-    return config.heads * _mlp_memories(config, *_segments(chunk, sequence_length))
+    if config.mixer == "titans":
+        return config.heads * _mlp_memories(replace(config, inner_rule="gd", momentum=True), chunk, sequence_length)
+    memories = 6 if config.adaptive_query else 5
+    if config.mixer == "self_modifying_titans":
+        chunk = min(chunk, config.projection_chunk_size or chunk)
+        return config.heads * _mlp_memories(config, chunk, sequence_length, memories=memories)
+    # TNT: the global memories, each local memory, and queries projected on keys.
+    long = segment_size(config.global_chunk_size)
+    count = _mlp_memories(replace(config, read="chunk"), long, sequence_length, memories=memories)
+    shard = min(sequence_length, config.shard_length)
+    count += sum(_mlp_memories(config, segment_size(size), shard, own=True) for size in config.local_chunk_sizes)
+    width = config.dim // config.heads
+    chunk = min(64, shard)
+    padded = -(-shard // chunk) * chunk / shard
+    return config.heads * (count + padded * (4.0 * width * width + 4.0 * chunk * width))
 
 
 def attention_flops(config: HopeConfig, seen: float) -> float:
@@ -48,14 +63,21 @@ def _matrix_memory(config: HopeConfig, length: float) -> float:
     return count
 
 
-def _mlp_memories(config: HopeConfig, length: float, squared: float) -> float:
-    """A head with two-layer memories (Titans: one, self-modifying Titans: five or six)."""
+def _mlp_memories(config: HopeConfig, chunk: int, tokens: int, *, memories: int = 1, own: bool = False) -> float:
+    """A head's two-layer memories.
+
+    Args:
+        config: its rule, momentum, read and retention are counted.
+        chunk: tokens computed at once.
+        tokens: T.
+        memories: M, of which all but the last make k, v and gates.
+        own: whether a single memory makes its own targets, as several do.
+    """
+    length, squared = _segments(chunk, tokens)
     width = config.dim // config.heads
     hidden = config.memory_hidden or width
-    modifying = config.mixer == "self_modifying_titans"
-    memories = (6 if config.adaptive_query else 5) if modifying else 1
-    erasing = modifying and config.inner_rule != "gd"
-    momentum = config.momentum if modifying else True
+    modifying = own or memories > 1
+    erasing, momentum = config.inner_rule != "gd", config.momentum
     across = 2.0 * width * hidden  # a product with one of a memory's two maps
     within, within_hidden = 2.0 * length * width, 2.0 * length * hidden  # products with a segment
     both = memories * (within + within_hidden)  # a square matrix of the segment times the writes of both maps

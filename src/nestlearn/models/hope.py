@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nestlearn.functional.rms_norm import RMSNorm
 from nestlearn.layers import (
+    TNT,
     Attention,
     DeltaNet,
     GatedDeltaNet,
@@ -24,6 +25,22 @@ from nestlearn.models.config import HopeConfig
 from nestlearn.models.flops import attention_flops, mixer_flops
 
 State = dict[str, Tensor]
+
+
+# Settings of memories that mixers take as they are.
+OF_TITANS = ("read", "retain_to", "write_bound", "memory_hidden", "initial_gate", "detach_every", "backend")
+OF_MEMORIES = (
+    *OF_TITANS,
+    "projection_chunk_size",
+    "inner_rule",
+    "momentum",
+    "retention",
+    "negative_eigenvalues",
+    "adaptive_query",
+    "residual_memory",
+    "write_scale",
+    "projection_write_scale",
+)
 
 
 class HopeBlock(nn.Module):
@@ -202,6 +219,11 @@ class HopeLM(nn.Module):
                 projection = config.projection_chunk_size or config.chunk_size
                 main = config.chunk_size if config.read == "chunk" else 1
                 levels += [Level(f"{name}.memory", main), Level(f"{name}.projections", projection)]
+            elif config.mixer == "tnt":
+                levels += [Level(f"{name}.{part}", config.global_chunk_size) for part in ("memory", "projections")]
+                for number, size in enumerate(config.local_chunk_sizes):
+                    main = size if config.read == "chunk" else 1
+                    levels.append(Level(f"{name}.local_memories.{number}.memory", main))
             else:
                 chunked = config.mixer == "titans" and config.read == "chunk"
                 levels.append(Level(f"{name}.memory", config.chunk_size if chunked else 1))
@@ -259,26 +281,17 @@ def build_mixer(config: HopeConfig) -> nn.Module:
         return PlainAttention(dim, heads)
     if config.mixer == "attention":
         return Attention(dim, heads, conv_width=config.conv_width)
+    if config.mixer == "tnt":
+        sizes = ("global_chunk_size", "local_chunk_sizes", "shard_length", "conv_width")
+        named = (*sizes, *(name for name in OF_MEMORIES if name != "projection_chunk_size"))
+        return TNT(dim, heads, **{name: getattr(config, name) for name in named})
     chunked: dict[str, Any] = {"chunk_size": config.chunk_size, "conv_width": config.conv_width}
     simple = {"linear_attention": LinearAttention, "delta_net": DeltaNet, "gated_delta_net": GatedDeltaNet}
     if config.mixer in simple:
         return simple[config.mixer](dim, heads, **chunked)
-    shared = ("read", "retain_to", "write_bound", "memory_hidden", "initial_gate", "detach_every", "backend")
-    chunked |= {name: getattr(config, name) for name in shared}
     if config.mixer == "titans":
-        return Titans(dim, heads, **chunked)
-    own = (
-        "projection_chunk_size",
-        "inner_rule",
-        "momentum",
-        "retention",
-        "negative_eigenvalues",
-        "adaptive_query",
-        "residual_memory",
-        "write_scale",
-        "projection_write_scale",
-    )
-    return SelfModifyingTitans(dim, heads, **chunked, **{name: getattr(config, name) for name in own})
+        return Titans(dim, heads, **chunked, **{name: getattr(config, name) for name in OF_TITANS})
+    return SelfModifyingTitans(dim, heads, **chunked, **{name: getattr(config, name) for name in OF_MEMORIES})
 
 
 def _with_prefix(state: State, prefix: str) -> State:

@@ -25,6 +25,7 @@ from nestlearn.io import atomic_save_safetensors, load_safetensors, load_safeten
 __all__ = [
     "Checkpoint",
     "checkpoint_path",
+    "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "load_model",
@@ -207,6 +208,26 @@ def newest_checkpoint(
     return None
 
 
+def find_checkpoint(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
+    """A checkpoint without the optimizer's state.
+
+    Args:
+        path: A checkpoint file, or a run's folder, whose newest whole checkpoint is taken.
+        device: Where its tensors go.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or no checkpoint in the folder.
+        ValueError: If it is damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return load_checkpoint(path, device=device, optimizer=False)
+    found = newest_checkpoint(path, device=device, optimizer=False)
+    if found is None:
+        raise missing_file(path / "checkpoints" / "step-*.safetensors", what="checkpoint")
+    return found
+
+
 def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
     """Remove all but the newest `keep` checkpoints of a run's folder; 0 keeps all."""
     paths = list_checkpoints(folder)
@@ -232,14 +253,7 @@ def load_model(path: str | os.PathLike[str], *, device: str | torch.device = "cp
     from nestlearn.models import HopeConfig, HopeLM
     from nestlearn.training.data import load_tokenizer
 
-    path = Path(path).expanduser()
-    if path.is_dir():
-        found = newest_checkpoint(path, device=device, optimizer=False)
-        if found is None:
-            raise missing_file(path / "checkpoints" / "step-*.safetensors", what="checkpoint")
-        checkpoint = found
-    else:
-        checkpoint = load_checkpoint(path, device=device, optimizer=False)
+    checkpoint = find_checkpoint(path, device=device)
     model = HopeLM(HopeConfig.from_dict(checkpoint.model)).to(device)
     checkpoint.restore(model)
     near = checkpoint.path.resolve().parent

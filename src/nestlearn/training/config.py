@@ -74,6 +74,8 @@ class TrainingConfig:
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Pass the model through `torch.compile`.
         threads: CPU threads; 0: as torch chose.
+        start_from: A run's folder (its newest checkpoint) or a checkpoint file whose weights this run starts from, with
+            an optimizer and a schedule of its own; empty: fresh weights. See `nestlearn.training.stages`.
     """
 
     steps: int = 1000
@@ -97,6 +99,7 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     threads: int = 0
+    start_from: str = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "sequence_length", "accumulate", "log_every"):

@@ -17,7 +17,7 @@ from torch import nn
 
 from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.optim.leveled import LevelOptimizer
-from nestlearn.training.checkpoint import Checkpoint, newest_checkpoint
+from nestlearn.training.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from nestlearn.training.config import DataConfig, RunConfig, TrainingConfig
 from nestlearn.training.data import (
     PackedTokens,
@@ -41,6 +41,7 @@ from nestlearn.training.session import (
     learning_rate,
     resume_command,
 )
+from nestlearn.training.stages import start_from
 
 __all__ = [
     "Evaluation",
@@ -109,6 +110,8 @@ def train(
         _check_sizes(config, processes)
         if build is None:
             model_config(run.model, vocab_size=256)  # a mistake shows before a large corpus is read
+        if config.start_from and not resume:
+            find_checkpoint(config.start_from)
         notice = _say if processes.is_main else _silent
         start = newest_checkpoint(folder, notice=notice) if resume else None
         if resume and start is None:
@@ -130,6 +133,8 @@ def train(
             _check_resumable(start, run, corpus, notice)
             start.restore(model, optimizer)
             progress = start.progress
+        elif config.start_from:
+            progress["started_from"] = start_from(config.start_from, model, run.model, notice)
         processes.wait()  # nobody writes before everybody has looked
         session = Session(
             run=run,
@@ -222,9 +227,12 @@ def _check_sizes(config: TrainingConfig, processes: Processes) -> None:
 def _check_resumable(checkpoint: Checkpoint, run: RunConfig, corpus: str, notice: Notice) -> None:
     """Refuse to go on with another model, other data or other mathematics than the checkpoint's."""
     now, then = run.to_dict(), checkpoint.run
+    # A setting that is newer than the checkpoint had its default then.
+    default = {"model": HopeConfig().to_dict(), "training": dataclasses.asdict(TrainingConfig())}
     differ = []
     for section in ("model", "training"):
-        here, there = now[section], then.get(section, {})
+        here = now[section]
+        there = {**{key: value for key, value in default[section].items() if key in here}, **then.get(section, {})}
         for key in {**there, **here}:
             if here.get(key) != there.get(key) and not (section == "training" and key in _MAY_DIFFER):
                 differ.append(f"{section}.{key} ({there.get(key)!r} in the checkpoint, {here.get(key)!r} now)")

@@ -286,6 +286,8 @@ class Session:
             },
             "seed": self.config.seed,
         }
+        if self.progress.get("started_from"):
+            facts["started_from"] = self.progress["started_from"]
         environment = {"from_step": self.step, **describe_environment(self.processes)}
         write_metadata(self.folder / "run.json", facts, environment)
 

@@ -93,6 +93,9 @@ def small_config(config: HopeConfig) -> HopeConfig:
         heads=2,
         chunk_size=chunk,
         projection_chunk_size=projection,
+        global_chunk_size=16,
+        local_chunk_sizes=(2, 4),
+        shard_length=12,
         memory_hidden=None,
         cms_expansion=2.0,
     )

@@ -54,6 +54,8 @@ class Walk(ctypes.Structure):
         ("d_base_inner", ctypes.c_void_p),
         ("d_base_outer", ctypes.c_void_p),
         ("d_state", ctypes.c_void_p * 6),
+        ("made", ctypes.c_void_p),
+        ("d_made", ctypes.c_void_p),
     ]
 
 

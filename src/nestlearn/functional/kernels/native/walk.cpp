@@ -25,7 +25,7 @@ struct Walk {
   const std::uint8_t* reset;          // (segments, rows)
   const std::uint8_t* completes;      // (2, segments, rows): of the main memory, of the others
   // Inputs. streams (3 or 4, N, places, key): q, k, v and the gates' input.
-  const void *streams, *logits;       // logits (2 or 3, N, places) where they are given
+  const void *streams, *logits;       // logits (1 to 3, N, places) where they are given
   const void *readouts[6];            // gate, its bias, retain, its bias, momentum, its bias: (heads, key), (heads)
   const void *base_inner, *base_outer;
   const void *state[6];               // running, snapshot, momentum: inner, outer each
@@ -34,6 +34,9 @@ struct Walk {
   // Backward.
   const void *d_out, *d_after[6];
   void *d_streams, *d_logits, *d_readouts[6], *d_base_inner, *d_base_outer, *d_state[6];
+  // What the projections' memories made of each token, (5, N, places, key): q, k, v, rate, retention. Null: not wanted.
+  void* made;
+  const void* d_made;
 };
 
 namespace {
@@ -134,6 +137,10 @@ class Task {
                     w.has_momentum ? now[4] + m * inner_size : nullptr,
                     w.has_momentum ? now[5] + m * outer_size : nullptr);
           copy(read_out.data(), outputs(w.out), std::ptrdiff_t(c) * V);
+          if (w.made) {
+            const T* parts[] = {queries.data(), keys.data(), values.data(), projection(2), projection(3)};
+            for (int i = 0; i < 5; ++i) copy(parts[i], made(w.made, i), std::ptrdiff_t(c) * K);
+          }
         }
         advance(keys.data(), K, t.inner, H, inner_erased, now[0] + m * inner_size,
                 w.has_momentum ? now[4] + m * inner_size : nullptr);
@@ -188,6 +195,10 @@ class Task {
       }
       inner_factor_backward();
       gates_backward();
+      if (w.d_made) {
+        std::vector<T>* gradients[] = {&d_queries, &d_keys, &d_values};
+        for (int i = 0; i < 3; ++i) axpy(c * K, T(1), made(w.d_made, i), gradients[i]->data());
+      }
       prologue_backward(snap[0], d);
       if (reset(s)) reset_backward(d);
     }
@@ -215,6 +226,10 @@ class Task {
   const T* stream(int i) const {
     return static_cast<const T*>(w.streams) + ((std::ptrdiff_t(i) * w.rows * w.heads + n) * w.places + start) * K;
   }
+  T* made(const void* p, int i) const {
+    return static_cast<T*>(const_cast<void*>(p)) + ((std::ptrdiff_t(i) * w.rows * w.heads + n) * w.places + start) * K;
+  }
+  T* projection(int p) { return projected.data() + std::ptrdiff_t(p) * c * K; }
   T* d_stream(int i) const {
     return static_cast<T*>(w.d_streams) + ((std::ptrdiff_t(i) * w.rows * w.heads + n) * w.places + start) * K;
   }
@@ -328,8 +343,8 @@ class Task {
         if (w.has_momentum) momentum_logit[i] = dot(K, rate + i * K, readout(4)) + *readout(5);
       } else {
         gate_logit[i] = logit(0)[i];
-        retain_logit[i] = logit(1)[i];
-        if (w.has_momentum) momentum_logit[i] = logit(2)[i];
+        if (w.has_retain) retain_logit[i] = logit(1)[i];
+        if (w.has_momentum) momentum_logit[i] = logit(1 + w.has_retain)[i];
       }
       decays.active[i] = w.active ? T(w.active[std::ptrdiff_t(row) * w.places + start + i]) : T(1);
       decays.gate[i] = T(w.largest_gate) * sigmoid(gate_logit[i]);
@@ -940,10 +955,11 @@ class Task {
       copy(d_queries.data(), d_stream(0), std::ptrdiff_t(c) * K);
       copy(d_keys.data(), d_stream(1), std::ptrdiff_t(c) * K);
       copy(d_values.data(), d_stream(2), std::ptrdiff_t(c) * K);
-      const std::vector<T>* logits[] = {&d_gate, &d_retain, &d_momentum};
-      for (int i = 0; i < (w.has_momentum ? 3 : 2); ++i)
-        copy(logits[i]->data(),
-             static_cast<T*>(w.d_logits) + (std::ptrdiff_t(i) * w.rows * w.heads + n) * w.places + start, c);
+      int count = 0;
+      for (const auto* d : {&d_gate, w.has_retain ? &d_retain : nullptr, w.has_momentum ? &d_momentum : nullptr})
+        if (d)
+          copy(d->data(),
+               static_cast<T*>(w.d_logits) + (std::ptrdiff_t(count++) * w.rows * w.heads + n) * w.places + start, c);
       return;
     }
     if (!w.adaptive_query) normalize_backward(d_queries, queries, query_norm, d_stream(0));
@@ -958,6 +974,7 @@ class Task {
         if (w.has_momentum) readout_backward(d_momentum, y, 4);
       }
       if (p == 3 && w.has_retain) readout_backward(d_retain, y, 2);
+      if (w.d_made && (p == 2 || p == 3)) axpy(c * K, T(1), made(w.d_made, p + 1), d_projected.data());
       whole(p, snap[0] + p * inner_size, snap[1] + p * outer_size);
       const T* x = stream(projection_stream(p));
       const T *z = projected_z.data() + std::ptrdiff_t(p) * c * H, *h = projected_h.data() + std::ptrdiff_t(p) * c * H;

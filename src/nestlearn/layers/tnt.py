@@ -1,0 +1,363 @@
+"""TNT (2511.07343): a slow global memory beside fast local ones that are reset, so that all shards run at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.functional.associative import Written, chunk_decay, read_chunk
+from nestlearn.functional.surprise import normalize
+from nestlearn.layers.chunked_memory import (
+    ChunkedMemory,
+    MemoryState,
+    Read,
+    base_weights,
+    read_main,
+    write_gates,
+)
+from nestlearn.layers.compiled_walk import GateReadouts
+from nestlearn.layers.self_modifying_titans import SelfModifyingTitans, gate_logits
+from nestlearn.layers.shards import Shards, plan_shards
+from nestlearn.layers.timeline import Segment
+from nestlearn.memory.mlp import MLPMemory, last_memory, write_mlp_chunk
+
+State = dict[str, Tensor]
+
+# Tokens of a long chunk that are computed at once: more cost more in products with the chunk than they save in steps.
+LONGEST_SEGMENT = 128
+
+
+class TNT(SelfModifyingTitans):
+    """Self-modifying Titans at two resolutions, whose training parallelises over a sequence.
+
+    The global memories are a whole self-modifying Titans with long chunks. Its projections' memories make q, k, v, the
+    learning rate and the retention of every token, and its main memory V keeps the whole context. N local memories W^i
+    learn the same pairs in short chunks of C_i tokens and return to their own learnt initial state every S tokens (a
+    shard). So shards do not depend on each other: all of them run as rows of one batch, and T tokens take S / C_i steps
+    instead of T / C_i. What a reset loses V still knows.
+
+        P_t = sum of k_s k_s^T over the tokens s of the shard up to t, |k_s| = 1
+        o_t = V_xi(q_t) + sum_i W^i_t(P_t q_t / |P_t q_t|)                              TNT; decisions 23 and 24
+
+    V is read at its snapshot xi. A local memory writes W(k) - W(v) - v by the rule of `SelfModifyingTitans`, with gates
+    of its own. P_t turns a query towards the keys that a local memory has seen since its reset.
+
+    A model trained so is fine-tuned for a short while with smaller local chunks (TNT's second stage, `nestlearn train
+    --from`): no parameter depends on the chunk sizes.
+
+    Args:
+        dim: D, divisible by heads.
+        heads: H.
+        global_chunk_size: tokens between snapshots of the global memories.
+        local_chunk_sizes: C_i, one for each local memory; divisors of shard_length.
+        shard_length: S, tokens after which the local memories are reset.
+        read: which state of W^i token t reads: "token" W_t, "previous" W_{t-1}, "chunk" the snapshot.
+        detach_every: cut the gradient through the writes every so many chunks of a memory, counted in each call.
+        settings: of all memories, as in `SelfModifyingTitans` (not its chunk sizes).
+
+    Raises:
+        ValueError: if a number is out of range or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        global_chunk_size: int = 2048,
+        local_chunk_sizes: Sequence[int] = (8, 16),
+        shard_length: int = 2048,
+        read: Read = "token",
+        detach_every: int | None = None,
+        **settings: Any,
+    ) -> None:
+        check_shards(global_chunk_size, local_chunk_sizes, shard_length)
+        super().__init__(dim, heads, chunk_size=global_chunk_size, read="chunk", detach_every=detach_every, **settings)
+        self.shard_length = shard_length
+        self.local_memories = nn.ModuleList(LocalMemory(self, chunk_size=size, read=read) for size in local_chunk_sizes)
+        for memory in (self, *self._locals()):
+            memory.segment_size = segment_size(memory.chunk_size)
+            if detach_every is not None:  # the walk counts segments
+                memory.detach_every = detach_every * memory.chunk_size // memory.segment_size
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether segments are computed again in the backward pass instead of being kept."""
+        return self._recompute
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self._recompute = on
+        for memory in getattr(self, "local_memories", ()):
+            memory.activation_checkpointing = on
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Named tensors of a fresh context; the memories are at least fp32 whatever `dtype`."""
+        state = super().init_state(batch_size, device=device, dtype=dtype)
+        state |= {"shard_position": state["position"].clone(), "key_projection": self._no_keys(batch_size)}
+        for number, memory in enumerate(self._locals()):
+            state |= _prefixed(number, memory.fresh(batch_size))
+        return state
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        document_starts: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """x (B, T, D) -> (B, T, D) and the state after each row's last token.
+
+        Args:
+            x: inputs.
+            state: from `init_state` or an earlier call, which may end anywhere in a shard or chunk; None for a fresh
+                context. It is not changed.
+            lengths: (B,) valid tokens of right-padded rows.
+            document_starts: (B, T) bool, tokens before which the state is reset.
+        """
+        batch, tokens, _ = x.shape
+        state = self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
+        if not tokens:
+            return torch.zeros_like(x), dict(state)
+        cuts = {"lengths": lengths, "document_starts": document_starts}
+        u, tail = self.streams(x, state["convolution"], **cuts)
+        made, memory, position = self.walk(u, MemoryState.of(state), state["position"], **cuts)
+        after = {"position": position, "convolution": tail, **memory.named()}
+        shards = plan_shards(state["shard_position"], tokens, shard_length=self.shard_length, **cuts)
+        with torch.autocast(x.device.type, enabled=False):
+            o, queries, keys, values, rate, retention = made.unflatten(-1, (self.heads, 6, -1)).unbind(-2)
+            pairs = shards.spread(torch.stack([queries, keys, values], dim=2))  # (R, W, 3, H, K)
+            pairs, after["key_projection"] = self._project_queries(pairs, state["key_projection"], shards)
+            for number, local in enumerate(self._locals()):
+                inputs = torch.cat([pairs.flatten(2), shards.spread(local.logits(rate, retention))], dim=-1)
+                read, memory = local.walk_shards(inputs, _of(state, number), shards)
+                o = o + shards.collect(read, tokens).unflatten(-1, (self.heads, -1))
+                after |= _prefixed(number, memory)
+        after["shard_position"] = shards.after
+        return self.readout(o.to(x.dtype).transpose(1, 2), x), after
+
+    def _walk_options(self) -> dict[str, Any]:
+        return super()._walk_options() | {"made": True}
+
+    def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
+        """As there, with the projections beside what is read: (B, H, C, 6 K)."""
+        whole = state.snapshot.add(base_weights(self.memory, self.retain_to))
+        made = self._project(inputs, whole)
+        out, after = self._learn(made, whole, state, segment)
+        return torch.cat([out, *made], dim=-1), after
+
+    def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token x (B, 1, D) by `forward`, without gradients."""
+        with torch.no_grad():
+            return self(x, state)
+
+    def _project_queries(self, pairs: Tensor, seen: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+        """P_t q_t in place of q_t in q, k, v (R, W, 3, H, K), and P (B, H, K, K) after each row's last token."""
+        queries, keys, values = pairs.unbind(2)
+        if shards.lengths is not None:
+            held = torch.arange(shards.width, device=keys.device) < shards.lengths[:, None]
+            keys = keys * held[:, :, None, None]
+        none = self._no_keys(1)
+        start = torch.cat([seen, none]).index_select(0, shards.continues)
+        projected, total = project_on_keys(queries.transpose(1, 2), keys.transpose(1, 2), start)
+        after = torch.cat([total, none]).index_select(0, shards.final)
+        return torch.stack([normalize(projected.transpose(1, 2)), keys, values], dim=2), after
+
+    def _no_keys(self, batch_size: int) -> Tensor:
+        inner = self.memory.initial.inner
+        return inner.new_zeros(batch_size, self.heads, inner.shape[-1], inner.shape[-1])
+
+    def _locals(self) -> list[LocalMemory]:
+        return list(self.local_memories)  # type: ignore[arg-type]
+
+
+class LocalMemory(ChunkedMemory):
+    """The main memory of self-modifying Titans, whose keys, values and gates somebody else makes.
+
+    Args:
+        like: whose settings it has, and whose gates it starts with.
+        chunk_size: tokens between its snapshots.
+        read: which state a token reads.
+    """
+
+    def __init__(self, like: SelfModifyingTitans, *, chunk_size: int, read: Read) -> None:
+        _, _, hidden, width = like.memory.inner.shape
+        super().__init__(
+            heads=like.heads,
+            memory=MLPMemory(like.heads, width, hidden=hidden),
+            inner_rule=like.inner_rule,
+            momentum=like.momentum,
+            read=read,
+            retain_to=like.retain_to,
+            chunk_size=chunk_size,
+            projection_chunk_size=chunk_size,
+            write_scale=like.write_scale,
+            projection_write_scale=like.projection_write_scale,
+            write_bound=like.write_bound,
+            detach_every=like.detach_every,
+            backend=like.backend,
+        )
+        self.retention = like.retention
+        self.negative_eigenvalues = like.negative_eigenvalues
+        self.residual_memory = like.residual_memory
+        self.largest_gate = like.largest_gate
+        kinds = ("gate", *(["retain"] if like.retention else []), *(["momentum"] if like.momentum else []))
+        for kind in kinds:
+            self.register_parameter(f"{kind}_readout", nn.Parameter(torch.randn(like.heads, width) * width**-0.5))
+            self.register_parameter(f"{kind}_bias", nn.Parameter(getattr(like, f"{kind}_bias").detach().clone()))
+
+    def fresh(self, batch_size: int) -> MemoryState:
+        """The memory at the start of a shard."""
+        return self._fresh(batch_size)
+
+    def logits(self, rate: Tensor, retention: Tensor) -> Tensor:
+        """Of the gates, side by side (B, T, gates * H), from what the global memories made (B, T, H, K)."""
+        sources = {"gate": rate, "retain": retention, "momentum": rate}
+        found = [
+            gate_logits(source.transpose(1, 2), getattr(self, f"{kind}_readout"), getattr(self, f"{kind}_bias"))
+            for kind, source in sources.items()
+            if hasattr(self, f"{kind}_readout")
+        ]
+        return torch.cat(found, dim=1).mT
+
+    def walk_shards(self, inputs: Tensor, memory: MemoryState, shards: Shards) -> tuple[Tensor, MemoryState]:
+        """All pieces at once.
+
+        Args:
+            inputs: q, k, v and logits of the pieces, (R, W, 3 D + gates * H).
+            memory: of the rows (B, ...), before their first token.
+            shards: the pieces.
+
+        Returns:
+            what the heads read (R, W, D), and each row's memory after its last token, fresh again where a shard ended.
+        """
+        fresh = self._fresh(1)
+        start = _choose(memory, fresh, shards.continues)
+        o, memory, _ = self.walk(inputs, start, shards.position % self.chunk_size, lengths=shards.lengths)
+        return o, _choose(memory, fresh, shards.final)
+
+    def _walk_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor, GateReadouts | None]:
+        """q, k, v (3, B, H, T, K) and logits (gates, B, H, T) of inputs (B, T, ...)."""
+        width = 3 * self.heads * self.memory.outer.shape[-2]
+        pairs = inputs[..., :width].unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return pairs, inputs[..., width:].unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1), None
+
+    def _walk_options(self) -> dict[str, Any]:
+        return {
+            "largest_gate": self.largest_gate,
+            "negative_eigenvalues": self.negative_eigenvalues,
+            "retention": self.retention,
+            "own_targets": True,
+            "residual_memory": self.residual_memory,
+            "adaptive_query": False,
+        }
+
+    def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
+        base = base_weights(self.memory, self.retain_to)
+        whole = state.snapshot.add(base)
+        (queries, keys, values), logits, _ = self._walk_inputs(inputs)
+        gates = write_gates(
+            logits[0],
+            logits[1] if self.retention else None,
+            logits[-1] if self.momentum else None,
+            segment.active,
+            largest_gate=self.largest_gate,
+        )
+
+        # Eq. 84, 85 for the main memory: its target is v + W(v).
+        z_k, z_v = (torch.cat([keys, values], dim=2) @ last_memory(whole.inner).mT).chunk(2, dim=2)
+        hidden = F.silu(z_k)
+        error = (hidden - F.silu(z_v)) @ last_memory(whole.outer).mT - values
+        if self.residual_memory:
+            error = error + keys
+        chunk = write_mlp_chunk(
+            state.running,
+            state.snapshot,
+            state.momentum,
+            whole.outer,
+            keys,
+            z_k.unsqueeze(2),
+            hidden.unsqueeze(2),
+            error.unsqueeze(2),
+            gates,
+            rule=self.inner_rule,
+            negative_eigenvalues=self.negative_eigenvalues,
+            bound=self.write_bound,
+            scale=self._scale(keys),
+        )
+        out = read_main(chunk, base, state, keys, queries, gates, self.read)
+        return (out + queries if self.residual_memory else out), self._after(state, chunk, segment)
+
+
+def project_on_keys(queries: Tensor, keys: Tensor, memory: Tensor, *, chunk_size: int = 64) -> tuple[Tensor, Tensor]:
+    """P_t q_t with P_t = P_0 + sum_{s <= t} k_s k_s^T: linear attention (Eq. 14-15) whose values are its keys.
+
+    Nothing is erased, so what each chunk starts from is a running sum, and all chunks are read at once.
+
+    Args:
+        queries: (..., T, K).
+        keys: (..., T, K), of norm 1, or zero where there is no token.
+        memory: P_0 (..., K, K).
+        chunk_size: tokens a chunk; it changes the speed, not the result.
+
+    Returns:
+        (..., T, K), and P_T (..., K, K).
+    """
+    tokens = keys.shape[-2]
+    chunk = max(1, min(chunk_size, tokens))
+    chunks = -(-tokens // chunk)
+    q, k = (F.pad(x, (0, 0, 0, chunks * chunk - tokens)).unflatten(-2, (chunks, chunk)) for x in (queries, keys))
+    total = torch.cat([memory.unsqueeze(-3), k.mT @ k], dim=-3).cumsum(-3)
+    decay = chunk_decay(keys.new_zeros(chunk))
+    projected = read_chunk(total[..., :-1, :, :], q, k, Written(k, None), decay)
+    return projected.flatten(-3, -2)[..., :tokens, :], total[..., -1, :, :]
+
+
+def check_shards(global_chunk_size: int, local_chunk_sizes: Sequence[int], shard_length: int) -> None:
+    """Refuses sizes that TNT has no use for.
+
+    Raises:
+        ValueError: naming the one that is off, and sizes that fit.
+    """
+    for name, value in (("global_chunk_size", global_chunk_size), ("shard_length", shard_length)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if not local_chunk_sizes:
+        raise ValueError("local_chunk_sizes: expected one size for each local memory, for example (8, 16); got none")
+    for size in local_chunk_sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"local_chunk_sizes: expected whole numbers of at least 1, got {size!r}")
+        if shard_length % size:
+            raise ValueError(
+                f"local_chunk_sizes: expected divisors of shard_length, got {size} and {shard_length}; a "
+                f"shard_length of {-(-shard_length // size) * size} would hold whole chunks of {size}"
+            )
+
+
+def segment_size(chunk_size: int) -> int:
+    """How many tokens of a chunk are computed at once."""
+    return max(n for n in range(1, min(chunk_size, LONGEST_SEGMENT) + 1) if chunk_size % n == 0)
+
+
+def _choose(state: MemoryState, fresh: MemoryState, rows: Tensor) -> MemoryState:
+    """The chosen rows (R,) of a state (B, ...), where B stands for the fresh state (1, ...)."""
+    new = fresh.named()
+    return MemoryState.of(
+        {name: torch.cat([value, new[name]]).index_select(0, rows) for name, value in state.named().items()}
+    )
+
+
+def _prefixed(number: int, memory: MemoryState) -> State:
+    return {f"local.{number}.{name}": value for name, value in memory.named().items()}
+
+
+def _of(state: State, number: int) -> MemoryState:
+    prefix = f"local.{number}."
+    return MemoryState.of({n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)})
