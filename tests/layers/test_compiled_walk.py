@@ -32,6 +32,7 @@ OPTIONS: dict[str, list[Any]] = {
     "write_bound": [None, 4.0],
     "projection_chunk_size": [2, 8],
     "memory_hidden": [6, 17],
+    "projection_hidden": [1, 3],
     "detach_every": [2],
 }
 SINGLE: list[dict[str, Any]] = [{name: value} for name, values in OPTIONS.items() for value in values]
@@ -61,6 +62,8 @@ def run(layer: nn.Module, x: Tensor, state: dict[str, Tensor] | None, options: d
     generator = torch.Generator().manual_seed(1)
     results = {"y": y} | {f"state {name}": after[name] for name in sorted(after) if after[name].is_floating_point()}
     weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in results.values()]
+    # Zeros that narrow memories are padded with are no results.
+    weights = [w * (t.detach() != 0) for w, t in zip(weights, results.values(), strict=True)]
     torch.stack([(t * w).sum() for t, w in zip(results.values(), weights, strict=True)]).sum().backward()
     gradients = {"x": x.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
     gradients |= {f"old {name}": t.grad for name, t in (state or {}).items() if t.is_floating_point()}

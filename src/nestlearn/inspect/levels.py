@@ -172,9 +172,9 @@ def _parameters(model: HopeLM, level: Level) -> int:
     if isinstance(memory, MatrixMemory):
         return memory.initial.numel()
     if isinstance(memory, MLPMemory):
-        count_of_all = memory.inner.shape[1]
-        one = (memory.inner.numel() + memory.outer.numel()) // count_of_all
-        return one if part == "memory" else one * (count_of_all - 1)
+        share = memory.hidden[-1] / sum(memory.hidden)
+        main = round(_size(memory) * share)
+        return main if part == "memory" else _size(memory) - main
     return 0
 
 

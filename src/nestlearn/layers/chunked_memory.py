@@ -357,7 +357,7 @@ class ChunkedMemory(nn.Module):
         if self.backend == "torch":
             return "torch"
         if self.backend == "triton":
-            reason = triton_refusal(self._plan(()), (self.memory.inner.shape[-1], self.memory.inner.shape[-2]))
+            reason = triton_refusal(self._plan(()), self.memory.inner.shape[-1])
         elif device.type == "cpu":
             reason = unavailable()
         else:
@@ -415,7 +415,8 @@ class ChunkedMemory(nn.Module):
             projection_chunk_size=self.projection_chunk_size,
             inner_rule=self.inner_rule,
             read=self.read,
-            scales=(*[scales.projections] * (self.memory.inner.shape[1] - 1), scales.main),
+            hidden=self.memory.hidden,
+            scales=(*[scales.projections] * (len(self.memory.hidden) - 1), scales.main),
             bound=self.write_bound,
             to_initial=self.retain_to == "initial",
             detach_every=self.detach_every,
@@ -437,7 +438,7 @@ class ChunkedMemory(nn.Module):
         gradient descent does, or a chunk of similar keys would overshoot.
         """
         own = self._scales()
-        scales = [own.projections] * (self.memory.inner.shape[1] - 1) + [own.main]
+        scales = [own.projections] * (len(self.memory.hidden) - 1) + [own.main]
         return torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
 
     def _scales(self) -> WriteScales:

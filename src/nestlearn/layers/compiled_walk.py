@@ -27,6 +27,7 @@ class WalkPlan:
 
     Attributes:
         segments: of the timeline, in order, at least one.
+        hidden: width of each memory's hidden layer; narrower ones are padded with zeros to the widest.
         scales: the fraction of its error that each memory writes.
         bound: of written errors, or None.
         own_targets: whether memory i's target is its own M_i(v) (Eq. 84), or v itself (Titans).
@@ -39,6 +40,7 @@ class WalkPlan:
     projection_chunk_size: int
     inner_rule: InnerRule
     read: str
+    hidden: tuple[int, ...]
     scales: tuple[float, ...]
     bound: float | None
     largest_gate: float
@@ -134,16 +136,18 @@ class _CompiledWalk(torch.autograd.Function):
         streams = streams.contiguous()
         tensors = [streams, *(None if t is None else t.contiguous() for t in (logits, *rest))]
         states = tensors[10:]
-        inner, outer = tensors[8], tensors[9]
-        assert inner is not None and outer is not None
-        out = streams.new_empty(*streams.shape[1:4], outer.shape[-2])
+        base_inner, base_outer = tensors[8], tensors[9]
+        assert base_inner is not None and base_outer is not None
+        out = streams.new_empty(*streams.shape[1:4], base_outer.shape[-2])
         made = torch.empty(5, *streams.shape[1:], dtype=streams.dtype) if plan.made else None
         after = [None if w is None else torch.empty_like(w) for w in states]
         keep = any(ctx.needs_input_grad)
         saved: list[Tensor | None] = [None] * 4
         if keep:
             kept = (states[0], states[1], states[4], states[5])
-            saved = [None if w is None else w.new_empty(len(plan.segments), *w.shape) for w in kept]
+            units = sum(plan.hidden) * base_inner.shape[-1], sum(plan.hidden) * base_outer.shape[-2]
+            size = (len(plan.segments), *streams.shape[1:3])
+            saved = [None if w is None else w.new_empty(*size, units[i % 2]) for i, w in enumerate(kept)]
         walk, alive = _arguments(plan, tensors)
         walk.keep = int(keep)
         walk.out = out.data_ptr()
@@ -209,6 +213,7 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
     segments = plan.segments
     rows, heads = streams.shape[1:3]
     scales = torch.tensor(plan.scales, dtype=torch.float64)
+    widths = torch.tensor(plan.hidden, dtype=torch.int32)
     starts = torch.tensor([s.start for s in segments], dtype=torch.int32)
     stops = torch.tensor([s.stop for s in segments], dtype=torch.int32)
     reset = torch.zeros(len(segments), rows, dtype=torch.bool)
@@ -249,6 +254,7 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
         bound=plan.bound or 0.0,
         largest_gate=plan.largest_gate,
         scales=scales.data_ptr(),
+        widths=widths.data_ptr(),
         starts=starts.data_ptr(),
         stops=stops.data_ptr(),
         active=None if active is None else active.data_ptr(),
@@ -261,5 +267,5 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
     )
     _point(walk.readouts, tensors[2:8])
     _point(walk.state, tensors[10:])
-    alive = [scales, starts, stops, reset, completes, *([] if active is None else [active])]
+    alive = [scales, widths, starts, stops, reset, completes, *([] if active is None else [active])]
     return walk, alive

@@ -50,11 +50,11 @@ def add_base(snapshot: MLPWeights, memory: MLPMemory) -> MLPWeights:
     This is no state: what it returns is always the sum. Changes are told by the version counters of the tensors; one
     made through `.data`, which bypasses them, is seen at the end of the chunk only.
     """
-    inner, outer = memory.inner, memory.outer
+    own = tuple(memory.parameters())
     try:
         versions = (
-            *(snapshot.inner._version, snapshot.outer._version, inner._version, outer._version),
-            *(id(snapshot.outer), id(inner), id(outer), inner.data_ptr(), outer.data_ptr()),
+            *(snapshot.inner._version, snapshot.outer._version, id(snapshot.outer)),
+            *(value for p in own for value in (p._version, id(p), p.data_ptr())),
         )
     except RuntimeError:  # inference tensors count no versions
         return snapshot.add(memory.initial)

@@ -52,7 +52,7 @@ class Memories(NamedTuple):
         names = ["key", "value", "rate", "retention", *(["query"] if layer.adaptive_query else []), "memory"]
         initial = {
             name: Memory(
-                layer.memory.inner[:, i].expand(batch, -1, -1, -1),
+                layer.memory.initial.inner[:, i].expand(batch, -1, -1, -1),
                 layer.memory.initial.outer[:, i].expand(batch, -1, -1, -1),
             )
             for i, name in enumerate(names)

@@ -72,6 +72,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         projection_write_scale: the same for the other memories.
         write_bound: largest norm of a written error, and of its image at the inner map; None for no bound.
         memory_hidden: hidden width of the memories; None for the head's width.
+        projection_hidden: the same of the projections' memories, which may be narrower; None for memory_hidden.
         initial_gate: write gate s at initialisation, in (0, 1).
         conv_width: taps of the short convolutions.
         detach_every: cut the gradient through the writes every so many chunks, counted in each call; None never.
@@ -103,6 +104,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         projection_write_scale: float | None = None,
         write_bound: float | None = 4.0,
         memory_hidden: int | None = None,
+        projection_hidden: int | None = None,
         initial_gate: float = 0.5,
         conv_width: int = 4,
         detach_every: int | None = None,
@@ -115,7 +117,13 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         super().__init__(
             heads=heads,
             streams=Streams(dim, heads, streams=4, conv_width=conv_width),
-            memory=MLPMemory(heads, head_dim, memories=6 if adaptive_query else 5, hidden=memory_hidden),
+            memory=MLPMemory(
+                heads,
+                head_dim,
+                memories=6 if adaptive_query else 5,
+                hidden=memory_hidden,
+                projection_hidden=projection_hidden,
+            ),
             readout=GatedReadout(dim, heads, head_dim),
             inner_rule=inner_rule,
             momentum=momentum,
@@ -284,7 +292,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         """What the residuals add to the errors M(k) - M(v), (B, H, M, C, K): k - v, and -v for the main memory."""
         projections = keys - values
         main = projections if self.residual_memory else -values
-        count = self.memory.inner.shape[1] - 1
+        count = len(self.memory.hidden) - 1
         return torch.cat([projections.unsqueeze(2).expand(-1, -1, count, -1, -1), main.unsqueeze(2)], dim=2)
 
 

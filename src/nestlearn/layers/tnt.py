@@ -188,7 +188,7 @@ class LocalMemory(ChunkedMemory):
     """
 
     def __init__(self, like: SelfModifyingTitans, *, chunk_size: int, read: Read) -> None:
-        _, _, hidden, width = like.memory.inner.shape
+        hidden, width = like.memory.hidden[-1], like.memory.inner.shape[-1]
         super().__init__(
             heads=like.heads,
             memory=MLPMemory(like.heads, width, hidden=hidden),

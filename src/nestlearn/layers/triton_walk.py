@@ -13,12 +13,12 @@ from nestlearn.memory.mlp import MLPWeights
 SIZES = (16, 32, 64)
 
 
-def triton_refusal(plan: WalkPlan, heads: tuple[int, int]) -> str | None:
+def triton_refusal(plan: WalkPlan, width: int) -> str | None:
     """Why the kernels cannot walk a layer of these settings here, or None if they can.
 
     Args:
         plan: of the layer.
-        heads: width of a head, and of its memories' hidden layer.
+        width: of a head.
     """
     if not available():
         return "Triton is not installed (pip install 'nestlearn[kernels]'), or there is no CUDA device"
@@ -33,7 +33,7 @@ def triton_refusal(plan: WalkPlan, heads: tuple[int, int]) -> str | None:
     unfit = [name for name, fit in fits.items() if not fit]
     if unfit:
         return f"the kernels do not know this setting of {', '.join(unfit)}"
-    sizes = {"chunk_size": plan.chunk_size, "the width of a head": heads[0], "memory_hidden": heads[1]}
+    sizes = {"chunk_size": plan.chunk_size, "the width of a head": width, "memory_hidden": plan.hidden[-1]}
     wrong = [f"{name} {size}" for name, size in sizes.items() if size not in SIZES]
     return f"expected sizes of {', '.join(map(str, SIZES))}, got {', '.join(wrong)}" if wrong else None
 

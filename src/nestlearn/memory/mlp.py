@@ -68,27 +68,70 @@ class MLPMemory(nn.Module):
     W1 starts at zero, so that a residual memory starts as the identity, and W2 at twice a random orthogonal matrix:
     near zero silu halves its input, so the hidden features of a unit key start with its norm and its angles.
 
+    Memories of projections may have a narrower hidden layer than the main one, the last. Their parameters are apart,
+    and `initial` pads them with zeros: a hidden unit whose weights are all zero reads nothing, is written nothing and
+    gets no gradient, so it stays as if it were not there.
+
     Args:
         heads: H.
         dim: K = V, the width of a head.
         memories: M.
         hidden: width of the hidden layer; None for `dim`.
+        projection_hidden: the same of all memories but the last, at most `hidden`; None for `hidden`.
+
+    Attributes:
+        hidden: width of each memory's hidden layer, M numbers.
+        inner, outer: W2 (H, ., hidden, K) and W1 (H, ., V, hidden) of all memories, or only of the main one if the
+            others are narrower.
+        projection_inner, projection_outer: those of the narrower ones, or None.
+
+    Raises:
+        ValueError: if projection_hidden is not between 1 and hidden.
     """
 
-    def __init__(self, heads: int, dim: int, *, memories: int = 1, hidden: int | None = None) -> None:
+    def __init__(
+        self,
+        heads: int,
+        dim: int,
+        *,
+        memories: int = 1,
+        hidden: int | None = None,
+        projection_hidden: int | None = None,
+    ) -> None:
         super().__init__()
         hidden = dim if hidden is None else hidden
-        self.inner = nn.Parameter(torch.empty(heads, memories, hidden, dim))
-        with torch.no_grad():
-            for weight in self.inner.flatten(0, 1):
-                weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=torch.float32), gain=2.0))
-        self.outer = nn.Parameter(torch.zeros(heads, memories, dim, hidden))
+        narrow = hidden if projection_hidden is None else projection_hidden
+        if not 1 <= narrow <= hidden:
+            raise ValueError(
+                f"projection_hidden: expected a width from 1 to that of the main memory, {hidden}; got {narrow}"
+            )
+        self.hidden = (narrow,) * (memories - 1) + (hidden,)
+        apart = narrow < hidden and memories > 1
+        self.inner, self.outer = _initial_maps(heads, 1 if apart else memories, hidden, dim)
+        self.projection_inner: nn.Parameter | None = None
+        self.projection_outer: nn.Parameter | None = None
+        if apart:
+            self.projection_inner, self.projection_outer = _initial_maps(heads, memories - 1, narrow, dim)
 
     @property
     def initial(self) -> MLPWeights:
-        """W2 and W1 at the start of a context, without batch dimension, at least fp32."""
+        """W2 (H, M, hidden, K) and W1 (H, M, V, hidden) at the start of a context, at least fp32."""
         dtype = torch.promote_types(self.inner.dtype, torch.float32)
-        return MLPWeights(self.inner.to(dtype), self.outer.to(dtype))
+        inner, outer = self.inner.to(dtype), self.outer.to(dtype)
+        if self.projection_inner is None or self.projection_outer is None:
+            return MLPWeights(inner, outer)
+        missing = self.hidden[-1] - self.hidden[0]
+        return MLPWeights(
+            torch.cat([F.pad(self.projection_inner.to(dtype), (0, 0, 0, missing)), inner], dim=1),
+            torch.cat([F.pad(self.projection_outer.to(dtype), (0, missing)), outer], dim=1),
+        )
+
+
+def _initial_maps(heads: int, memories: int, hidden: int, dim: int) -> tuple[nn.Parameter, nn.Parameter]:
+    inner = torch.empty(heads, memories, hidden, dim)
+    for weight in inner.flatten(0, 1):
+        weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=torch.float32), gain=2.0))
+    return nn.Parameter(inner), nn.Parameter(torch.zeros(heads, memories, dim, hidden))
 
 
 def read_mlp(weights: MLPWeights, x: Tensor) -> Tensor:

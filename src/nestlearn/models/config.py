@@ -66,8 +66,8 @@ class HopeConfig:
         global_chunk_size, local_chunk_sizes, shard_length: of the mixer "tnt", in place of the two above; see
             `nestlearn.layers.TNT`.
         inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, residual_memory,
-        write_scale, projection_write_scale, write_bound, memory_hidden, initial_gate, detach_every, backend: see
-            `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans takes read, retain_to, write_bound,
+        write_scale, projection_write_scale, write_bound, memory_hidden, projection_hidden, initial_gate, detach_every,
+        backend: see `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans read, retain_to, write_bound,
             memory_hidden, initial_gate, detach_every and backend.
 
     Raises:
@@ -101,6 +101,7 @@ class HopeConfig:
     projection_write_scale: float | None = None
     write_bound: float | None = 4.0
     memory_hidden: int | None = None
+    projection_hidden: int | None = None
     initial_gate: float = 0.5
     detach_every: int | None = None
     backend: Backend = "auto"
@@ -126,7 +127,7 @@ class HopeConfig:
                 f"rotary positions need an even head width, got dim {self.dim} / heads {self.heads} = "
                 f"{self.dim // self.heads}; choose heads so that dim / heads is even"
             )
-        for name in ("projection_chunk_size", "memory_hidden", "detach_every"):
+        for name in ("projection_chunk_size", "memory_hidden", "projection_hidden", "detach_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: expected a whole number of at least 1, or None; got {value!r}")
@@ -150,6 +151,12 @@ class HopeConfig:
                 f"{projection}; for example {self.chunk_size} and {max(1, self.chunk_size // 4)}"
             )
         check_shards(self.global_chunk_size, self.local_chunk_sizes, self.shard_length)
+        hidden = self.dim // self.heads if self.memory_hidden is None else self.memory_hidden
+        if self.projection_hidden is not None and self.projection_hidden > hidden:
+            raise ValueError(
+                f"projection_hidden: expected at most the hidden width of the main memory, {hidden}, got "
+                f"{self.projection_hidden}; raise memory_hidden to {self.projection_hidden}, or lower projection_hidden"
+            )
         if not 0 < self.initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")
         check_scales(self.write_scale, self.projection_write_scale)

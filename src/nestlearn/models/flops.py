@@ -80,21 +80,24 @@ def _mlp_memories(config: HopeConfig, chunk: int, tokens: int, *, memories: int 
     erasing, momentum = config.inner_rule != "gd", config.momentum
     across = 2.0 * width * hidden  # a product with one of a memory's two maps
     within, within_hidden = 2.0 * length * width, 2.0 * length * hidden  # products with a segment
-    both = memories * (within + within_hidden)  # a square matrix of the segment times the writes of both maps
+    narrow = hidden if config.projection_hidden is None or memories == 1 else config.projection_hidden
+    # Widths of all hidden layers together, in units of the main memory's.
+    maps = 1 + (memories - 1) * narrow / hidden
+    both = maps * within_hidden + memories * within  # a square matrix of the segment times the writes of both maps
 
-    count = 2 * (memories - 1) * across  # the projections are read
-    count += (3 if modifying else 2) * memories * across  # W2 k (and W2 v), W1 of the hidden features
-    count += memories * across  # the error goes back through W1
-    count += 2 * memories * across  # both maps are written
+    count = 2 * (maps - 1) * across  # the projections are read
+    count += (3 if modifying else 2) * maps * across  # W2 k (and W2 v), W1 of the hidden features
+    count += maps * across  # the error goes back through W1
+    count += 2 * maps * across  # both maps are written
     if erasing:
-        count += within + memories * within_hidden  # K K^T, shared by the inner maps, and one for each outer map
-        count += 2 * memories * across * (2 if config.inner_rule == "delta" else 1)  # what is to be erased
-        count += memories * (length - 1) * (hidden + width)  # the solves
+        count += within + maps * within_hidden  # K K^T, shared by the inner maps, and one for each outer map
+        count += 2 * maps * across * (2 if config.inner_rule == "delta" else 1)  # what is to be erased
+        count += (length - 1) * (maps * hidden + memories * width)  # the solves
     if momentum:
         count += 2 * squared + 2 * length  # decay factors, shared by all memories
-        count += 2 * memories * across  # the momentum of both maps is written
+        count += 2 * maps * across  # the momentum of both maps is written
         if erasing:
-            count += 2 * memories * across + both  # what momentum brought is erased too
+            count += 2 * maps * across + both  # what momentum brought is erased too
     if config.read == "chunk":
         return count + 2 * across
     count += 2 * across * (2 if momentum else 1) + (2 * across if config.retain_to == "initial" else 0)

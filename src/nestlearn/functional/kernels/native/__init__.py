@@ -36,7 +36,7 @@ class Walk(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _SIZES),
         ("bound", ctypes.c_double),
         ("largest_gate", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("scales", "starts", "stops", "active", "reset", "completes")),
+        *((name, ctypes.c_void_p) for name in ("scales", "widths", "starts", "stops", "active", "reset", "completes")),
         ("streams", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
         ("readouts", ctypes.c_void_p * 6),

@@ -19,12 +19,13 @@ struct Walk {
   std::int32_t has_retain, has_momentum, detach_every, keep, threads, wide;
   double bound, largest_gate;
   const double* scales;
+  const std::int32_t* widths;         // of each memory's hidden layer, at most `hidden`
   const std::int32_t* starts;
   const std::int32_t* stops;
   const std::uint8_t* active;         // (rows, places) or null
   const std::uint8_t* reset;          // (segments, rows)
   const std::uint8_t* completes;      // (2, segments, rows): of the main memory, of the others
-  // Inputs. streams (3 or 4, N, places, key): q, k, v and the gates' input.
+  // Inputs; memories (N or heads, M, ...) are padded with zeros to `hidden`. streams (3 or 4, N, places, key): q, k, v and the gates' input.
   const void *streams, *logits;       // logits (1 to 3, N, places) where they are given
   const void *readouts[6];            // gate, its bias, retain, its bias, momentum, its bias: (heads, key), (heads)
   const void *base_inner, *base_outer;
@@ -55,8 +56,11 @@ class Task {
  public:
   explicit Task(const Walk& w)
       : w(w), M(w.memories), P(w.own_targets ? w.projections : 0), K(w.key),
-        H(w.hidden), V(w.value), pad((w.chunk + 15) / 16 * 16), inner_size(std::ptrdiff_t(H) * K),
+        V(w.value), pad((w.chunk + 15) / 16 * 16), H(w.hidden), inner_size(std::ptrdiff_t(H) * K),
         outer_size(std::ptrdiff_t(V) * H), decays(w.chunk, pad) {
+    units.assign(M + 1, 0);
+    for (int m = 0; m < M; ++m) units[m + 1] = units[m] + w.widths[m];
+    even = units[M] == M * w.hidden;
     rule = GateRule{w.negative_eigenvalues != 0, w.rule != 1, w.has_momentum != 0, w.largest_gate};
     const int c = w.chunk;
     const int widest = std::max(K, std::max(H, V));
@@ -108,77 +112,95 @@ class Task {
     n = next;
     row = n / w.heads;
     head = n % w.heads;
+    const void* given[] = {w.base_inner, w.base_outer};
+    for (int i = 0; i < 2; ++i) {
+      const T* from = static_cast<const T*>(given[i]) + head * padded(i);
+      if (!even) {
+        local_base[i].resize(total(i));
+        pack(i, from, local_base[i].data());
+        from = local_base[i].data();
+      }
+      base_of[i] = from;
+    }
   }
 
   void forward() {
     // The state after the walk is where it is kept during the walk; it may be the given state itself.
     T* now[6];
-    for (int i = 0; i < 6; ++i) {
-      now[i] = of<T>(w.after[i], i);
-      if (now[i] && w.after[i] != w.state[i])
-        copy(of<const T>(w.state[i], i), now[i], M * (i % 2 ? outer_size : inner_size));
-    }
+    open(w.state, w.after, now);
     for (int s = 0; s < w.segments; ++s) {
       if (reset(s)) fresh(now);
       if (w.keep) {
-        copy(now[0], saved(0, s), M * inner_size);
-        copy(now[1], saved(1, s), M * outer_size);
+        copy(now[0], saved(0, s), total(0));
+        copy(now[1], saved(1, s), total(1));
         if (w.has_momentum) {
-          copy(now[4], saved(2, s), M * inner_size);
-          copy(now[5], saved(3, s), M * outer_size);
+          copy(now[4], saved(2, s), total(0));
+          copy(now[5], saved(3, s), total(1));
         }
       }
       begin(s, now[2], now[3]);
       for (int m = 0; m < M; ++m) {
-        write(m, now[0] + m * inner_size, now[1] + m * outer_size, now[2] + m * inner_size, now[3] + m * outer_size,
-              w.has_momentum ? now[4] + m * inner_size : nullptr, w.has_momentum ? now[5] + m * outer_size : nullptr);
+        use(m);
+        write(m, now[0] + at(0, m), now[1] + at(1, m), now[2] + at(0, m), now[3] + at(1, m),
+              w.has_momentum ? now[4] + at(0, m) : nullptr, w.has_momentum ? now[5] + at(1, m) : nullptr);
         if (m == M - 1) {
-          read_main(now[0] + m * inner_size, now[1] + m * outer_size,
-                    w.has_momentum ? now[4] + m * inner_size : nullptr,
-                    w.has_momentum ? now[5] + m * outer_size : nullptr);
+          read_main(now[0] + at(0, m), now[1] + at(1, m),
+                    w.has_momentum ? now[4] + at(0, m) : nullptr,
+                    w.has_momentum ? now[5] + at(1, m) : nullptr);
           copy(read_out.data(), outputs(w.out), std::ptrdiff_t(c) * V);
           if (w.made) {
             const T* parts[] = {queries.data(), keys.data(), values.data(), projection(2), projection(3)};
             for (int i = 0; i < 5; ++i) copy(parts[i], made(w.made, i), std::ptrdiff_t(c) * K);
           }
         }
-        advance(keys.data(), K, t.inner, H, inner_erased, now[0] + m * inner_size,
-                w.has_momentum ? now[4] + m * inner_size : nullptr);
-        advance(t.h.data(), H, t.outer, V, outer_erased, now[1] + m * outer_size,
-                w.has_momentum ? now[5] + m * outer_size : nullptr);
+        advance(keys.data(), K, t.inner, H, inner_erased, now[0] + at(0, m),
+                w.has_momentum ? now[4] + at(0, m) : nullptr);
+        advance(t.h.data(), H, t.outer, V, outer_erased, now[1] + at(1, m),
+                w.has_momentum ? now[5] + at(1, m) : nullptr);
         if (completes(m, s)) {
-          copy(now[0] + m * inner_size, now[2] + m * inner_size, inner_size);
-          copy(now[1] + m * outer_size, now[3] + m * outer_size, outer_size);
+          copy(now[0] + at(0, m), now[2] + at(0, m), inner_size);
+          copy(now[1] + at(1, m), now[3] + at(1, m), outer_size);
         }
       }
     }
+    close(w.after, now);
   }
 
   void backward() {
     // Gradients of the running memories, of the snapshot in use, and of the momentum, at the end of segment s.
     T* d[6];
-    for (int i = 0; i < 6; ++i) {
-      d[i] = nullptr;
-      if (!w.state[i]) continue;
-      d[i] = of<T>(w.d_state[i], i);
-      copy(of<const T>(w.d_after[i], i), d[i], M * (i % 2 ? outer_size : inner_size));
+    open(w.d_after, w.d_state, d);
+    void* const given[] = {w.d_base_inner, w.d_base_outer};
+    for (int i = 0; i < 2; ++i) {
+      local_d_base[i].assign(even ? 0 : total(i), 0);
+      d_base[i] = even ? of(given[i], i) : local_d_base[i].data();
+    }
+    std::vector<T> initial[2];
+    const T* initial_snapshot[2];
+    for (int i = 0; i < 2; ++i) {
+      initial_snapshot[i] = of(w.state[2 + i], i);
+      if (even) continue;
+      initial[i].resize(total(i));
+      pack(i, initial_snapshot[i], initial[i].data());
+      initial_snapshot[i] = initial[i].data();
     }
     for (int s = w.segments - 1; s >= 0; --s) {
       if (w.detach_every && (s + 1) % w.detach_every == 0)
         for (int i = 0; i < 6; ++i)
-          if (d[i]) std::fill(d[i], d[i] + M * (i % 2 ? outer_size : inner_size), T(0));
+          if (d[i]) std::fill(d[i], d[i] + total(i % 2), T(0));
       // The snapshot after this segment is the running memory, where a chunk ends here.
       for (int m = 0; m < M; ++m)
         if (completes(m, s)) {
-          fold(d[2] + m * inner_size, d[0] + m * inner_size, inner_size);
-          fold(d[3] + m * outer_size, d[1] + m * outer_size, outer_size);
+          use(m);
+          fold(d[2] + at(0, m), d[0] + at(0, m), inner_size);
+          fold(d[3] + at(1, m), d[1] + at(1, m), outer_size);
         }
       const T *run[2] = {saved(0, s), saved(1, s)}, *momentum[2] = {nullptr, nullptr}, *snap[2][2];
       if (w.has_momentum) momentum[0] = saved(2, s), momentum[1] = saved(3, s);
       for (int main = 0; main < 2; ++main) {
-        const int at = snapshot_of(main, s);
-        snap[main][0] = at < 0 ? of<const T>(w.state[2], 2) : saved(0, at);
-        snap[main][1] = at < 0 ? of<const T>(w.state[3], 3) : saved(1, at);
+        const int taken = snapshot_of(main, s);
+        snap[main][0] = taken < 0 ? initial_snapshot[0] : saved(0, taken);
+        snap[main][1] = taken < 0 ? initial_snapshot[1] : saved(1, taken);
       }
       // The prologue reads memories of projections only.
       begin(s, snap[0][0], snap[0][1]);
@@ -187,11 +209,12 @@ class Task {
         std::fill(v->begin(), v->end(), T(0));
       decays.clear_gradients();
       for (int m = 0; m < M; ++m) {
-        const T* const* at = snap[m == M - 1];
-        write(m, run[0] + m * inner_size, run[1] + m * outer_size, at[0] + m * inner_size, at[1] + m * outer_size,
-              momentum[0] ? momentum[0] + m * inner_size : nullptr,
-              momentum[1] ? momentum[1] + m * outer_size : nullptr);
-        memory_backward(m, run, at, momentum, d);
+        use(m);
+        const T* const* taken = snap[m == M - 1];
+        write(m, run[0] + at(0, m), run[1] + at(1, m), taken[0] + at(0, m), taken[1] + at(1, m),
+              momentum[0] ? momentum[0] + at(0, m) : nullptr,
+              momentum[1] ? momentum[1] + at(1, m) : nullptr);
+        memory_backward(m, run, taken, momentum, d);
       }
       inner_factor_backward();
       gates_backward();
@@ -202,27 +225,69 @@ class Task {
       prologue_backward(snap[0], d);
       if (reset(s)) reset_backward(d);
     }
+    close(w.d_state, d);
+    for (int i = 0; i < 2 && !even; ++i) unpack(i, d_base[i], of(given[i], i));
   }
 
  private:
   // ---- where things lie ----
-  template <typename U>
-  U* of(const void* p, int which) const {
-    // Of a tensor (N, M, ...) like the inner (even) or outer maps (odd), the part of this row and head.
-    if (!p) return nullptr;
-    return static_cast<U*>(const_cast<void*>(p)) + n * M * (which % 2 ? outer_size : inner_size);
+  // Of a tensor (N, M, ...) like the inner (0) or the outer maps (1), the part of this row and head.
+  T* of(const void* p, int kind) const {
+    return p ? static_cast<T*>(const_cast<void*>(p)) + n * padded(kind) : nullptr;
+  }
+  // Here memories lie one after another, each as wide as it is; outside all are as wide as the widest, with zeros.
+  std::ptrdiff_t padded(int kind) const { return std::ptrdiff_t(M) * w.hidden * (kind ? V : K); }
+  std::ptrdiff_t at(int kind, int m) const { return units[m] * (kind ? V : K); }
+  std::ptrdiff_t total(int kind) const { return at(kind, M); }
+  void use(int m) {
+    H = w.widths[m];
+    inner_size = std::ptrdiff_t(H) * K;
+    outer_size = std::ptrdiff_t(V) * H;
+  }
+  void pack(int kind, const T* from, T* to) const {
+    for (int m = 0; m < M; ++m, from += std::ptrdiff_t(w.hidden) * (kind ? V : K)) {
+      const int width = w.widths[m];
+      if (!kind) copy(from, to + at(0, m), std::ptrdiff_t(width) * K);
+      for (int v = 0; kind && v < V; ++v)
+        copy(from + std::ptrdiff_t(v) * w.hidden, to + at(1, m) + std::ptrdiff_t(v) * width, width);
+    }
+  }
+  void unpack(int kind, const T* from, T* to) const {
+    std::fill(to, to + padded(kind), T(0));
+    for (int m = 0; m < M; ++m, to += std::ptrdiff_t(w.hidden) * (kind ? V : K)) {
+      const int width = w.widths[m];
+      if (!kind) copy(from + at(0, m), to, std::ptrdiff_t(width) * K);
+      for (int v = 0; kind && v < V; ++v)
+        copy(from + at(1, m) + std::ptrdiff_t(v) * width, to + std::ptrdiff_t(v) * w.hidden, width);
+    }
+  }
+  // Six tensors like a state, in this task's form: the caller's own where all memories are as wide, or copies.
+  void open(const void* const* from, void* const* into, T** here) {
+    for (int i = 0; i < 6; ++i) {
+      here[i] = nullptr;
+      if (!into[i]) continue;
+      if (even) {
+        here[i] = of(into[i], i % 2);
+        if (from[i] != into[i]) copy(of(from[i], i % 2), here[i], total(i % 2));
+      } else {
+        local[i].resize(total(i % 2));
+        here[i] = local[i].data();
+        pack(i % 2, of(from[i], i % 2), here[i]);
+      }
+    }
+  }
+  void close(void* const* into, T** here) {
+    for (int i = 0; i < 6 && !even; ++i)
+      if (here[i]) unpack(i % 2, here[i], of(into[i], i % 2));
   }
   T* outputs(const void* p) const {
     return static_cast<T*>(const_cast<void*>(p)) + (std::ptrdiff_t(n) * w.places + start) * V;
   }
   T* saved(int i, int s) const {
-    const std::ptrdiff_t size = M * (i % 2 ? outer_size : inner_size);
+    const std::ptrdiff_t size = total(i % 2);
     return static_cast<T*>(w.saved[i]) + (std::ptrdiff_t(s) * w.rows * w.heads + n) * size;
   }
-  const T* base(bool outer, int m) const {
-    const T* p = static_cast<const T*>(outer ? w.base_outer : w.base_inner);
-    return p + (std::ptrdiff_t(head) * M + m) * (outer ? outer_size : inner_size);
-  }
+  const T* base(bool outer, int m) const { return base_of[outer] + at(outer, m); }
   const T* stream(int i) const {
     return static_cast<const T*>(w.streams) + ((std::ptrdiff_t(i) * w.rows * w.heads + n) * w.places + start) * K;
   }
@@ -255,7 +320,7 @@ class Task {
   void fresh(T** now) {
     for (int i = 0; i < 6; ++i) {
       if (!now[i]) continue;
-      const std::ptrdiff_t size = M * (i % 2 ? outer_size : inner_size);
+      const std::ptrdiff_t size = total(i % 2);
       if (w.to_initial || i >= 4)
         std::fill(now[i], now[i] + size, T(0));
       else
@@ -265,8 +330,8 @@ class Task {
   void reset_backward(T** d) {
     for (int i = 0; i < 6; ++i) {
       if (!d[i]) continue;
-      const std::ptrdiff_t size = M * (i % 2 ? outer_size : inner_size);
-      if (!w.to_initial && i < 4) axpy(int(size), T(1), d[i], of<T>(i % 2 ? w.d_base_outer : w.d_base_inner, i % 2));
+      const std::ptrdiff_t size = total(i % 2);
+      if (!w.to_initial && i < 4) axpy(int(size), T(1), d[i], d_base[i % 2]);
       std::fill(d[i], d[i] + size, T(0));
     }
   }
@@ -318,7 +383,8 @@ class Task {
     decays.ld = ld;
     if (P) {
       for (int p = 0; p < P; ++p) {
-        whole(p, snap_inner + p * inner_size, snap_outer + p * outer_size);
+        use(p);
+        whole(p, snap_inner + at(0, p), snap_outer + at(1, p));
         const T* x = stream(projection_stream(p));
         T *z = projected_z.data() + std::ptrdiff_t(p) * c * H, *h = projected_h.data() + std::ptrdiff_t(p) * c * H;
         T* y = projected.data() + std::ptrdiff_t(p) * c * K;
@@ -649,9 +715,9 @@ class Task {
 
   // ---- gradients of one memory, whose tiles are in t ----
   void memory_backward(int m, const T* const* run, const T* const* snap, const T* const* momentum, T** d) {
-    const std::ptrdiff_t at_inner = m * inner_size, at_outer = m * outer_size;
+    const std::ptrdiff_t at_inner = at(0, m), at_outer = at(1, m);
     const bool main = m == M - 1;
-    T *base_inner = of<T>(w.d_base_inner, 0) + at_inner, *base_outer = of<T>(w.d_base_outer, 1) + at_outer;
+    T *base_inner = d_base[0] + at_inner, *base_outer = d_base[1] + at_outer;
     const T* momentum_inner = momentum[0] ? momentum[0] + at_inner : nullptr;
     const T* momentum_outer = momentum[1] ? momentum[1] + at_outer : nullptr;
     std::fill(d_h.begin(), d_h.end(), T(0));
@@ -750,15 +816,15 @@ class Task {
     axpy(int(inner_size), T(1), inner.data(), d[2] + at_inner);
     axpy(int(outer_size), T(1), outer.data(), d[3] + at_outer);
     if (!w.to_initial) return;
-    axpy(int(inner_size), T(1), inner.data(), of<T>(w.d_base_inner, 0) + at_inner);
-    axpy(int(outer_size), T(1), outer.data(), of<T>(w.d_base_outer, 1) + at_outer);
+    axpy(int(inner_size), T(1), inner.data(), d_base[0] + at_inner);
+    axpy(int(outer_size), T(1), outer.data(), d_base[1] + at_outer);
   }
 
   void main_backward(const T* const* run, const T* momentum_inner, const T* momentum_outer, T* base_inner,
                      T* base_outer) {
     const int m = M - 1;
     const T* d_out = outputs(w.d_out);
-    read_main(run[0] + m * inner_size, run[1] + m * outer_size, momentum_inner, momentum_outer);
+    read_main(run[0] + at(0, m), run[1] + at(1, m), momentum_inner, momentum_outer);
     if (w.read == 2) {
       gemm<T>(c, H, V, d_out, V, 1, t.whole_outer.data(), H, scratch_h.data(), H);
       gemm<T>(V, H, c, d_out, 1, V, features.data(), H, whole_outer.data(), H, 1, true);
@@ -766,11 +832,11 @@ class Task {
       gemm<T>(c, K, H, scratch_h.data(), H, 1, t.whole_inner.data(), K, d_queries.data(), K);
       gemm<T>(H, K, c, scratch_h.data(), 1, H, queries.data(), K, whole_inner.data(), K, 1, true);
     } else {
-      read_backward(d_out, features.data(), H, V, outer_attention, run[1] + m * outer_size, momentum_outer, t.outer,
+      read_backward(d_out, features.data(), H, V, outer_attention, run[1] + at(1, m), momentum_outer, t.outer,
                     outer_erased, base(true, m), t.h.data(), scratch_h.data(), d_outer.data(), d_outer_erased.data(),
                     d_h.data(), before_outer.data(), momentum_before_outer.data(), base_outer);
       for (int i = 0; i < c * H; ++i) scratch_h[i] *= slope(read_z[i]);
-      read_backward(scratch_h.data(), queries.data(), K, H, inner_attention, run[0] + m * inner_size, momentum_inner,
+      read_backward(scratch_h.data(), queries.data(), K, H, inner_attention, run[0] + at(0, m), momentum_inner,
                     t.inner, inner_erased, base(false, m), keys.data(), d_queries.data(), d_inner.data(),
                     d_inner_erased.data(), d_keys.data(), before_inner.data(), momentum_before_inner.data(), base_inner);
     }
@@ -964,6 +1030,7 @@ class Task {
     }
     if (!w.adaptive_query) normalize_backward(d_queries, queries, query_norm, d_stream(0));
     for (int p = 0; p < P; ++p) {
+      use(p);
       T* y = projected.data() + std::ptrdiff_t(p) * c * K;
       if (p == 0) normalize_backward(d_keys, keys, key_norm, d_projected.data());
       if (p == 1) normalize_backward(d_values, values, value_norm, d_projected.data());
@@ -975,7 +1042,7 @@ class Task {
       }
       if (p == 3 && w.has_retain) readout_backward(d_retain, y, 2);
       if (w.d_made && (p == 2 || p == 3)) axpy(c * K, T(1), made(w.d_made, p + 1), d_projected.data());
-      whole(p, snap[0] + p * inner_size, snap[1] + p * outer_size);
+      whole(p, snap[0] + at(0, p), snap[1] + at(1, p));
       const T* x = stream(projection_stream(p));
       const T *z = projected_z.data() + std::ptrdiff_t(p) * c * H, *h = projected_h.data() + std::ptrdiff_t(p) * c * H;
       whole_inner.assign(inner_size, 0);
@@ -990,7 +1057,7 @@ class Task {
         axpy(c * K, T(1), d_projected.data(), to);
       else
         copy(d_projected.data(), to, std::ptrdiff_t(c) * K);
-      through_whole(whole_inner, whole_outer, p * inner_size, p * outer_size, d);
+      through_whole(whole_inner, whole_outer, at(0, p), at(1, p), d);
     }
   }
 
@@ -1011,9 +1078,15 @@ class Task {
   }
 
   const Walk& w;
-  const int M, P, K, H, V, pad;
+  const int M, P, K, V, pad;
+  int H;  // hidden width of the memory in hand
   int n = 0, row = 0, head = 0;
-  const std::ptrdiff_t inner_size, outer_size;
+  std::vector<std::ptrdiff_t> units;  // hidden units before each memory
+  bool even;                           // whether all memories are as wide
+  std::vector<T> local[6], local_base[2], local_d_base[2];
+  T* d_base[2] = {nullptr, nullptr};
+  const T* base_of[2] = {nullptr, nullptr};
+  std::ptrdiff_t inner_size, outer_size;
   GateRule rule;
   int start = 0, c = 0, ld = 0;
   Decays<T> decays;
