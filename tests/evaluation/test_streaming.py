@@ -74,7 +74,7 @@ def test_a_memory_counts_whole_and_by_row() -> None:
         assert memory_sizes(model, state)[0].tolist() == [50.0, 70.0]
     literal = build(retain_to="zero")  # where the state holds the memory itself
     entry, _ = memory_sizes(literal, literal.init_state(1))
-    largest = max(block.mixer.memory.inner.abs().max().item() for block in literal.blocks)
+    largest = max(block.mixer.memory.initial.inner.abs().max().item() for block in literal.blocks)
     assert entry.item() == pytest.approx(largest)
 
 

@@ -45,7 +45,7 @@ def test_change_is_that_of_the_memories(retain_to: str) -> None:
     mixer = model.blocks[1].mixer
     inner, outer = state["blocks.1.inner"][0], state["blocks.1.outer"][0]
     if retain_to == "zero":
-        inner, outer = inner - mixer.memory.inner, outer - mixer.memory.initial.outer
+        inner, outer = inner - mixer.memory.initial.inner, outer - mixer.memory.initial.outer
     expected = (inner.square().sum((-2, -1)) + outer.square().sum((-2, -1))).sqrt()
     torch.testing.assert_close(record.change[1, :, :, -1], expected.detach())
 

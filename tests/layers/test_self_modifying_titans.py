@@ -20,11 +20,17 @@ TOLERANCE = 1e-11
 
 
 def build(seed: int = 0, dim: int = 8, **settings: Any) -> SelfModifyingTitans:
-    """A layer in float64 with nothing at its initial value: W1, convolution, norm and biases are random."""
+    """A layer in float64 with nothing at its initial value: W1, convolution, norm and biases are random.
+
+    All memories are as wide, so that a state may be random everywhere; narrower ones have a test of their own.
+    """
     torch.manual_seed(seed)
-    layer = SelfModifyingTitans(dim, 2, **{"write_scale": 0.6, **settings}).double()
+    wide = {"projection_hidden": settings.get("memory_hidden", dim // 2)}
+    layer = SelfModifyingTitans(dim, 2, **{"write_scale": 0.6, **wide, **settings}).double()
     with torch.no_grad():
-        layer.memory.outer.normal_(std=0.7)
+        for name, parameter in layer.memory.named_parameters():
+            if name.endswith("outer"):
+                parameter.normal_(std=0.7)
         layer.streams.convolution.weight.normal_(std=0.7)
         layer.streams.projection.weight.normal_()
         layer.readout.norm.weight.uniform_(0.5, 1.5)
@@ -44,6 +50,20 @@ def random_state(layer: SelfModifyingTitans, position: list[int]) -> State:
     return state | {"position": torch.tensor(position)}
 
 
+def without_padding(layer: SelfModifyingTitans, state: State) -> State:
+    """Zero where narrow memories have no hidden units."""
+    kept = {}
+    for name, value in state.items():
+        if value.ndim < 5:
+            kept[name] = value
+            continue
+        mask = torch.zeros_like(value)
+        for memory, hidden in enumerate(layer.memory.hidden):
+            (mask[:, :, memory, :hidden] if name.startswith("inner") else mask[:, :, memory, :, :hidden]).fill_(1)
+        kept[name] = (value.detach() * mask).requires_grad_()
+    return kept
+
+
 def everything(
     function: Any, layer: nn.Module, x: Tensor, state: State | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -56,6 +76,7 @@ def everything(
     total = torch.zeros((), dtype=torch.float64)
     for value in results.values():
         if value.is_floating_point():
+            value = value * (value.detach() != 0)  # zeros that narrow memories are padded with are no results
             total = total + (value * torch.randn(value.shape, dtype=value.dtype, generator=generator)).sum()
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return results, dict(zip(leaves, gradients, strict=True))
@@ -120,6 +141,24 @@ def test_equals_the_specification(
     )
     position, tokens = SPANS[chunks]
     compare(layer, tokens, random_state(layer, [position] * 2))
+
+
+@pytest.mark.parametrize("adaptive_query", [False, True])
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_narrow_memories_equal_the_specification(backend: str, rule: str, momentum: bool, adaptive_query: bool) -> None:
+    layer = build(
+        inner_rule=rule,
+        momentum=momentum,
+        adaptive_query=adaptive_query,
+        backend=backend,
+        memory_hidden=5,
+        projection_hidden=2,
+        chunk_size=4,
+        projection_chunk_size=2,
+    )
+    compare(layer, 7, without_padding(layer, random_state(layer, [3, 3])))
 
 
 @pytest.mark.parametrize("negative_eigenvalues", [False, True])

@@ -28,7 +28,14 @@ def loss_of(model: HopeLM, tokens: Tensor) -> Tensor:
 
 def build(*, random_outer: bool, **settings: Any) -> HopeLM:
     torch.manual_seed(0)
-    tiny: dict[str, Any] = {"vocab_size": 11, "dim": 16, "depth": 2, "heads": 2, "chunk_size": 4}
+    tiny: dict[str, Any] = {
+        "vocab_size": 11,
+        "dim": 16,
+        "depth": 2,
+        "heads": 2,
+        "chunk_size": 4,
+        "projection_hidden": 8,
+    }
     model = HopeLM(HopeConfig(**{**tiny, **settings})).double()
     if random_outer:
         with torch.no_grad():
