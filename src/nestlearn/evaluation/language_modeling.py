@@ -44,20 +44,21 @@ TUNING_SEED = 1000
 
 
 def model_config(name: str, *, target: int | None = None, **settings: Any) -> HopeConfig:
-    """The configuration of one of `MODELS`.
+    """The configuration of one of `MODELS`, or of a variant of it.
 
     Args:
-        name: of the model.
+        name: of the model; what follows a slash only tells variants apart ("hope/wide").
         target: parameter count to match by the width of the CMS levels; None leaves the width as it is.
         settings: of `HopeConfig`.
 
     Raises:
         ValueError: if there is no such model.
     """
-    if name not in MODELS:
+    kind = name.partition("/")[0]
+    if kind not in MODELS:
         raise ValueError(f"models: expected some of {', '.join(MODELS)}; got {name!r}")
-    make = HopeConfig.transformer if name == "transformer" else HopeConfig
-    config = make(**{**settings, **MODELS[name]})
+    make = HopeConfig.transformer if kind == "transformer" else HopeConfig
+    config = make(**{**settings, **MODELS[kind]})
     return config if target is None else match_parameters(config, target)
 
 
@@ -65,7 +66,7 @@ def make_job(name: str, config: HopeConfig, data: DataConfig, training: Training
     """One run, named by its model, its seed and a digest of everything that it computes."""
     run = RunConfig(model=config.to_dict(), data=data, training=training).to_dict()
     digest = hashlib.blake2b(json.dumps(run, sort_keys=True).encode(), digest_size=4).hexdigest()
-    label = f"{name}-seed{training.seed}-lr{training.lr:g}-{digest}"
+    label = f"{name.replace('/', '_')}-seed{training.seed}-lr{training.lr:g}-{digest}"
     return {"name": label, "model": name, "lr": training.lr, "seed": training.seed, "run": run,
             "folder": str(folder / label)}  # fmt: skip
 
@@ -240,7 +241,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", default="stdlib", help="what to train on: file, folder, .jsonl(.gz), datasets name or stdlib")
     add("--held-out", default="", help="what to evaluate on; by default 5%% of the documents of --text")
     add("--max-bytes", type=int, default=0, help="read about this much of --text; 0 for all")
-    add("--models", default="hope,titans,gated_delta_net,hope_attention,transformer", help="of " + ", ".join(MODELS))
+    add(
+        "--models",
+        default="hope,titans,gated_delta_net,hope_attention,transformer",
+        help="of " + ", ".join(MODELS) + "; name/label is a variant, for --set name/label:key=value",
+    )
     add("--reference", default="hope", help="the model that others are compared to, and whose size they take")
     add("--seeds", default="0,1,2")
     add("--steps", type=int, default=1000)
