@@ -390,7 +390,7 @@ class ChunkedMemory(nn.Module):
         """`_walk` in compiled code."""
         plan = self._plan(segments)
         streams, logits, readouts = self._walk_inputs(inputs)
-        out, after, made = compiled_walk(plan, streams, logits, readouts, self.memory.initial, WalkState(*memory))
+        out, after, made = compiled_walk(plan, streams, logits, readouts, self.memory.maps, WalkState(*memory))
         memory = MemoryState(*after)
         if self.detach_every is not None and len(segments) % self.detach_every == 0:
             memory = memory.detach()
@@ -403,7 +403,7 @@ class ChunkedMemory(nn.Module):
         position.add_(1)
         segment = Segment(0, 1, position, None, None, None)
         streams, logits, readouts = self._walk_inputs(inputs)
-        out = compiled_walk_(self._plan((segment,)), streams, logits, readouts, self.memory.initial, WalkState(*memory))
+        out = compiled_walk_(self._plan((segment,)), streams, logits, readouts, self.memory.maps, WalkState(*memory))
         position.remainder_(max(self.chunk_size, self.projection_chunk_size))
         return out
 

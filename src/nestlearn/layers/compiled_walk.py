@@ -7,6 +7,7 @@ twice.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,11 @@ from nestlearn.memory.mlp import InnerRule, MLPWeights
 
 RULES = ("dgd", "gd", "delta")
 READS = ("token", "previous", "chunk")
+
+Maps = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+# Places among the tensors of a walk: streams, logits, read-outs, initial memories, states.
+READOUTS, BASE, STATES = slice(2, 8), slice(8, 12), slice(12, 18)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,7 @@ def compiled_walk(
     streams: Tensor,
     logits: Tensor | None,
     readouts: GateReadouts | None,
-    base: MLPWeights,
+    base: Maps,
     state: WalkState,
 ) -> tuple[Tensor, WalkState, Tensor | None]:
     """Walks the memories over a sequence on the CPU, in fp32 or fp64; differentiable once.
@@ -88,7 +94,7 @@ def compiled_walk(
         streams: (S, B, H, T, K): q, k, v and the gates' input (self-modifying), or q, k, v normalised.
         logits: (1 to 3, B, H, T) of the gates that are on, where they are given, otherwise None.
         readouts: of the gates where memories make their logits, otherwise None.
-        base: the initial memories (H, M, ...).
+        base: the initial memories, as `MLPMemory.maps`.
         state: before the first token.
 
     Returns:
@@ -112,14 +118,14 @@ def compiled_walk_(
     streams: Tensor,
     logits: Tensor | None,
     readouts: GateReadouts | None,
-    base: MLPWeights,
+    base: Maps,
     state: WalkState,
 ) -> Tensor:
     """`compiled_walk` without gradients, which writes the given state in place; returns the outputs alone."""
     given = [streams, logits, *(readouts or (None,) * 6), *base]
     tensors = [None if t is None else t.detach().contiguous() for t in given]
     states: list[Tensor | None] = [*state.running, *state.snapshot, *(state.momentum or (None, None))]
-    out = streams.new_empty(*streams.shape[1:4], base.outer.shape[-2])
+    out = streams.new_empty(*streams.shape[1:4], base[1].shape[-2])
     walk, alive = _arguments(plan, [*tensors, *states])
     walk.out = out.data_ptr()
     _point(walk.after, states)
@@ -135,7 +141,7 @@ class _CompiledWalk(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         streams = streams.contiguous()
         tensors = [streams, *(None if t is None else t.contiguous() for t in (logits, *rest))]
-        states = tensors[10:]
+        states = tensors[STATES]
         base_inner, base_outer = tensors[8], tensors[9]
         assert base_inner is not None and base_outer is not None
         out = streams.new_empty(*streams.shape[1:4], base_outer.shape[-2])
@@ -176,12 +182,12 @@ class _CompiledWalk(torch.autograd.Function):
         streams, logits = tensors[0], tensors[1]
         assert streams is not None
         rows = streams.shape[1]
-        states = tensors[10:]
+        states = tensors[STATES]
         walk, alive = _arguments(plan, tensors)
         d_streams = torch.empty_like(streams)
         d_logits = None if logits is None else torch.empty_like(logits)
-        d_readouts = [None if r is None else r.new_zeros(rows, *r.shape) for r in tensors[2:8]]
-        d_base = [w.new_zeros(rows, *w.shape) for w in tensors[8:10] if w is not None]
+        d_readouts = [None if r is None else r.new_zeros(rows, *r.shape) for r in tensors[READOUTS]]
+        d_base = [None if w is None else w.new_zeros(rows, *w.shape) for w in tensors[BASE]]
         d_state = [None if w is None else torch.empty_like(w) for w in states]
         given = [None if g is None else g.contiguous() for g in d_after]
         d_out = d_out.contiguous()
@@ -193,7 +199,8 @@ class _CompiledWalk(torch.autograd.Function):
         walk.d_streams = d_streams.data_ptr()
         walk.d_logits = None if d_logits is None else d_logits.data_ptr()
         _point(walk.d_readouts, d_readouts)
-        walk.d_base_inner, walk.d_base_outer = (w.data_ptr() for w in d_base)
+        _point(walk.d_base, d_base[:2])
+        _point(walk.d_base_projections, d_base[2:])
         _point(walk.d_state, d_state)
         run_walk(walk, backward=True)
         del alive
@@ -206,16 +213,17 @@ def _point(pointers: Any, tensors: list[Tensor | None]) -> None:
         pointers[i] = None if tensor is None else tensor.data_ptr()
 
 
-def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list[Tensor]]:
+def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list[object]]:
     """The arguments that both directions share, and what must stay alive while they are used."""
-    streams, logits, base_inner, base_outer = tensors[0], tensors[1], tensors[8], tensors[9]
-    assert streams is not None and base_inner is not None and base_outer is not None
+    streams, logits, base_outer = tensors[0], tensors[1], tensors[9]
+    assert streams is not None and base_outer is not None
     segments = plan.segments
+    memories = len(plan.hidden)
     rows, heads = streams.shape[1:3]
-    scales = torch.tensor(plan.scales, dtype=torch.float64)
-    widths = torch.tensor(plan.hidden, dtype=torch.int32)
-    starts = torch.tensor([s.start for s in segments], dtype=torch.int32)
-    stops = torch.tensor([s.stop for s in segments], dtype=torch.int32)
+    scales = (ctypes.c_double * memories)(*plan.scales)
+    widths = (ctypes.c_int32 * memories)(*plan.hidden)
+    starts = (ctypes.c_int32 * len(segments))(*(segment.start for segment in segments))
+    stops = (ctypes.c_int32 * len(segments))(*(segment.stop for segment in segments))
     reset = torch.zeros(len(segments), rows, dtype=torch.bool)
     completes = torch.zeros(2, len(segments), rows, dtype=torch.bool)
     active = None
@@ -231,11 +239,11 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
     walk = Walk(
         rows=rows,
         heads=heads,
-        memories=base_inner.shape[1],
-        projections=base_inner.shape[1] - 1,
-        key=base_inner.shape[3],
-        hidden=base_inner.shape[2],
-        value=base_outer.shape[2],
+        memories=memories,
+        projections=memories - 1,
+        key=streams.shape[-1],
+        hidden=max(plan.hidden),
+        value=base_outer.shape[-2],
         chunk=max(s.stop - s.start for s in segments),
         segments=len(segments),
         places=streams.shape[3],
@@ -247,25 +255,25 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
         adaptive_query=plan.adaptive_query,
         to_initial=plan.to_initial,
         has_retain=plan.retention,
-        has_momentum=tensors[14] is not None,
+        has_momentum=tensors[STATES][4] is not None,
         detach_every=plan.detach_every or 0,
         threads=torch.get_num_threads(),
         wide=streams.dtype == torch.float64,
         bound=plan.bound or 0.0,
         largest_gate=plan.largest_gate,
-        scales=scales.data_ptr(),
-        widths=widths.data_ptr(),
-        starts=starts.data_ptr(),
-        stops=stops.data_ptr(),
+        scales=ctypes.addressof(scales),
+        widths=ctypes.addressof(widths),
+        starts=ctypes.addressof(starts),
+        stops=ctypes.addressof(stops),
         active=None if active is None else active.data_ptr(),
         reset=reset.data_ptr(),
         completes=completes.data_ptr(),
         streams=streams.data_ptr(),
         logits=None if logits is None else logits.data_ptr(),
-        base_inner=base_inner.data_ptr(),
-        base_outer=base_outer.data_ptr(),
     )
-    _point(walk.readouts, tensors[2:8])
-    _point(walk.state, tensors[10:])
-    alive = [scales, widths, starts, stops, reset, completes, *([] if active is None else [active])]
+    _point(walk.readouts, tensors[READOUTS])
+    _point(walk.base, tensors[BASE][:2])
+    _point(walk.base_projections, tensors[BASE][2:])
+    _point(walk.state, tensors[STATES])
+    alive: list[object] = [scales, widths, starts, stops, reset, completes, active]
     return walk, alive

@@ -114,16 +114,24 @@ class MLPMemory(nn.Module):
             self.projection_inner, self.projection_outer = _initial_maps(heads, memories - 1, narrow, dim)
 
     @property
+    def maps(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """inner, outer, projection_inner and projection_outer, at least fp32."""
+        dtype = torch.promote_types(self.inner.dtype, torch.float32)
+        if self.projection_inner is None or self.projection_outer is None:
+            return self.inner.to(dtype), self.outer.to(dtype), None, None
+        apart = self.projection_inner.to(dtype), self.projection_outer.to(dtype)
+        return self.inner.to(dtype), self.outer.to(dtype), *apart
+
+    @property
     def initial(self) -> MLPWeights:
         """W2 (H, M, hidden, K) and W1 (H, M, V, hidden) at the start of a context, at least fp32."""
-        dtype = torch.promote_types(self.inner.dtype, torch.float32)
-        inner, outer = self.inner.to(dtype), self.outer.to(dtype)
-        if self.projection_inner is None or self.projection_outer is None:
+        inner, outer, projection_inner, projection_outer = self.maps
+        if projection_inner is None or projection_outer is None:
             return MLPWeights(inner, outer)
         missing = self.hidden[-1] - self.hidden[0]
         return MLPWeights(
-            torch.cat([F.pad(self.projection_inner.to(dtype), (0, 0, 0, missing)), inner], dim=1),
-            torch.cat([F.pad(self.projection_outer.to(dtype), (0, missing)), outer], dim=1),
+            torch.cat([F.pad(projection_inner, (0, 0, 0, missing)), inner], dim=1),
+            torch.cat([F.pad(projection_outer, (0, missing)), outer], dim=1),
         )
 
 

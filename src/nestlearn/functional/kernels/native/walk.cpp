@@ -28,13 +28,13 @@ struct Walk {
   // Inputs; memories (N or heads, M, ...) are padded with zeros to `hidden`. streams (3 or 4, N, places, key): q, k, v and the gates' input.
   const void *streams, *logits;       // logits (1 to 3, N, places) where they are given
   const void *readouts[6];            // gate, its bias, retain, its bias, momentum, its bias: (heads, key), (heads)
-  const void *base_inner, *base_outer;
+  const void *base[2], *base_projections[2];  // inner, outer (heads, M, ...); of the projections apart, or null
   const void *state[6];               // running, snapshot, momentum: inner, outer each
   // Outputs, and the memories at each segment's start (segments, N, ...).
   void *out, *after[6], *saved[4];
   // Backward.
   const void *d_out, *d_after[6];
-  void *d_streams, *d_logits, *d_readouts[6], *d_base_inner, *d_base_outer, *d_state[6];
+  void *d_streams, *d_logits, *d_readouts[6], *d_base[2], *d_base_projections[2], *d_state[6];  // d_base*: (N, ...)
   // What the projections' memories made of each token, (5, N, places, key): q, k, v, rate, retention. Null: not wanted.
   void* made;
   const void* d_made;
@@ -112,24 +112,15 @@ class Task {
     n = next;
     row = n / w.heads;
     head = n % w.heads;
-    const void* given[] = {w.base_inner, w.base_outer};
-    for (int i = 0; i < 2; ++i) {
-      const T* from = static_cast<const T*>(given[i]) + head * padded(i);
-      if (!even) {
-        local_base[i].resize(total(i));
-        pack(i, from, local_base[i].data());
-        from = local_base[i].data();
-      }
-      base_of[i] = from;
-    }
   }
 
   void forward() {
     // The state after the walk is where it is kept during the walk; it may be the given state itself.
     T* now[6];
     open(w.state, w.after, now);
+    bool taken = false;
     for (int s = 0; s < w.segments; ++s) {
-      if (reset(s)) fresh(now);
+      if (reset(s)) fresh(now), taken = true;
       if (w.keep) {
         copy(now[0], saved(0, s), total(0));
         copy(now[1], saved(1, s), total(1));
@@ -158,31 +149,27 @@ class Task {
         advance(t.h.data(), H, t.outer, V, outer_erased, now[1] + at(1, m),
                 w.has_momentum ? now[5] + at(1, m) : nullptr);
         if (completes(m, s)) {
+          taken = true;
           copy(now[0] + at(0, m), now[2] + at(0, m), inner_size);
           copy(now[1] + at(1, m), now[3] + at(1, m), outer_size);
         }
       }
     }
-    close(w.after, now);
+    close(w.state, w.after, now, taken);
   }
 
   void backward() {
     // Gradients of the running memories, of the snapshot in use, and of the momentum, at the end of segment s.
     T* d[6];
     open(w.d_after, w.d_state, d);
-    void* const given[] = {w.d_base_inner, w.d_base_outer};
-    for (int i = 0; i < 2; ++i) {
-      local_d_base[i].assign(even ? 0 : total(i), 0);
-      d_base[i] = even ? of(given[i], i) : local_d_base[i].data();
-    }
-    std::vector<T> initial[2];
+    std::vector<T> given[2];
     const T* initial_snapshot[2];
     for (int i = 0; i < 2; ++i) {
       initial_snapshot[i] = of(w.state[2 + i], i);
       if (even) continue;
-      initial[i].resize(total(i));
-      pack(i, initial_snapshot[i], initial[i].data());
-      initial_snapshot[i] = initial[i].data();
+      given[i].resize(total(i));
+      pack(i, initial_snapshot[i], given[i].data());
+      initial_snapshot[i] = given[i].data();
     }
     for (int s = w.segments - 1; s >= 0; --s) {
       if (w.detach_every && (s + 1) % w.detach_every == 0)
@@ -225,8 +212,7 @@ class Task {
       prologue_backward(snap[0], d);
       if (reset(s)) reset_backward(d);
     }
-    close(w.d_state, d);
-    for (int i = 0; i < 2 && !even; ++i) unpack(i, d_base[i], of(given[i], i));
+    close(w.d_after, w.d_state, d, true);
   }
 
  private:
@@ -253,7 +239,6 @@ class Task {
     }
   }
   void unpack(int kind, const T* from, T* to) const {
-    std::fill(to, to + padded(kind), T(0));
     for (int m = 0; m < M; ++m, to += std::ptrdiff_t(w.hidden) * (kind ? V : K)) {
       const int width = w.widths[m];
       if (!kind) copy(from + at(0, m), to, std::ptrdiff_t(width) * K);
@@ -276,9 +261,16 @@ class Task {
       }
     }
   }
-  void close(void* const* into, T** here) {
-    for (int i = 0; i < 6 && !even; ++i)
-      if (here[i]) unpack(i % 2, here[i], of(into[i], i % 2));
+  // Back into the caller's form; snapshots only where they were taken, or all were changed.
+  void close(const void* const* from, void* const* into, T** here, bool snapshots) {
+    for (int i = 0; i < 6 && !even; ++i) {
+      if (!here[i]) continue;
+      const bool same = from[i] == into[i];
+      if (same && !snapshots && (i == 2 || i == 3)) continue;
+      T* to = of(into[i], i % 2);
+      if (!same) std::fill(to, to + padded(i % 2), T(0));
+      unpack(i % 2, here[i], to);
+    }
   }
   T* outputs(const void* p) const {
     return static_cast<T*>(const_cast<void*>(p)) + (std::ptrdiff_t(n) * w.places + start) * V;
@@ -287,7 +279,20 @@ class Task {
     const std::ptrdiff_t size = total(i % 2);
     return static_cast<T*>(w.saved[i]) + (std::ptrdiff_t(s) * w.rows * w.heads + n) * size;
   }
-  const T* base(bool outer, int m) const { return base_of[outer] + at(outer, m); }
+  // Memory m of a tensor of initial memories, where those of the projections may lie apart. `which` is the head, or for
+  // gradients the row and head.
+  T* initial(const void* const* all, const void* const* projections, bool outer, int m, int which) const {
+    if (!projections[outer])
+      return static_cast<T*>(const_cast<void*>(all[outer])) + which * padded(outer) + at(outer, m);
+    if (m == M - 1)
+      return static_cast<T*>(const_cast<void*>(all[outer])) + which * (total(outer) - at(outer, M - 1));
+    return static_cast<T*>(const_cast<void*>(projections[outer])) + which * at(outer, M - 1) + at(outer, m);
+  }
+  const T* base(bool outer, int m) const { return initial(w.base, w.base_projections, outer, m, head); }
+  T* d_base(bool outer, int m) const {
+    return initial(const_cast<const void* const*>(w.d_base), const_cast<const void* const*>(w.d_base_projections),
+                   outer, m, n);
+  }
   const T* stream(int i) const {
     return static_cast<const T*>(w.streams) + ((std::ptrdiff_t(i) * w.rows * w.heads + n) * w.places + start) * K;
   }
@@ -320,19 +325,22 @@ class Task {
   void fresh(T** now) {
     for (int i = 0; i < 6; ++i) {
       if (!now[i]) continue;
-      const std::ptrdiff_t size = total(i % 2);
-      if (w.to_initial || i >= 4)
-        std::fill(now[i], now[i] + size, T(0));
-      else
-        copy(base(i % 2, 0), now[i], size);
+      for (int m = 0; m < M; ++m) {
+        T* to = now[i] + at(i % 2, m);
+        const std::ptrdiff_t size = at(i % 2, m + 1) - at(i % 2, m);
+        if (w.to_initial || i >= 4)
+          std::fill(to, to + size, T(0));
+        else
+          copy(base(i % 2, m), to, size);
+      }
     }
   }
   void reset_backward(T** d) {
     for (int i = 0; i < 6; ++i) {
       if (!d[i]) continue;
-      const std::ptrdiff_t size = total(i % 2);
-      if (!w.to_initial && i < 4) axpy(int(size), T(1), d[i], d_base[i % 2]);
-      std::fill(d[i], d[i] + size, T(0));
+      for (int m = 0; m < M && !w.to_initial && i < 4; ++m)
+        axpy(int(at(i % 2, m + 1) - at(i % 2, m)), T(1), d[i] + at(i % 2, m), d_base(i % 2, m));
+      std::fill(d[i], d[i] + total(i % 2), T(0));
     }
   }
 
@@ -717,7 +725,7 @@ class Task {
   void memory_backward(int m, const T* const* run, const T* const* snap, const T* const* momentum, T** d) {
     const std::ptrdiff_t at_inner = at(0, m), at_outer = at(1, m);
     const bool main = m == M - 1;
-    T *base_inner = d_base[0] + at_inner, *base_outer = d_base[1] + at_outer;
+    T *base_inner = d_base(false, m), *base_outer = d_base(true, m);
     const T* momentum_inner = momentum[0] ? momentum[0] + at_inner : nullptr;
     const T* momentum_outer = momentum[1] ? momentum[1] + at_outer : nullptr;
     std::fill(d_h.begin(), d_h.end(), T(0));
@@ -808,16 +816,15 @@ class Task {
       copy(momentum_before_inner.data(), d[4] + at_inner, inner_size);
       copy(momentum_before_outer.data(), d[5] + at_outer, outer_size);
     }
-    through_whole(whole_inner, whole_outer, at_inner, at_outer, d);
+    through_whole(m, whole_inner, whole_outer, d);
   }
 
-  void through_whole(const std::vector<T>& inner, const std::vector<T>& outer, std::ptrdiff_t at_inner,
-                     std::ptrdiff_t at_outer, T** d) {
-    axpy(int(inner_size), T(1), inner.data(), d[2] + at_inner);
-    axpy(int(outer_size), T(1), outer.data(), d[3] + at_outer);
+  void through_whole(int m, const std::vector<T>& inner, const std::vector<T>& outer, T** d) {
+    axpy(int(inner_size), T(1), inner.data(), d[2] + at(0, m));
+    axpy(int(outer_size), T(1), outer.data(), d[3] + at(1, m));
     if (!w.to_initial) return;
-    axpy(int(inner_size), T(1), inner.data(), d_base[0] + at_inner);
-    axpy(int(outer_size), T(1), outer.data(), d_base[1] + at_outer);
+    axpy(int(inner_size), T(1), inner.data(), d_base(false, m));
+    axpy(int(outer_size), T(1), outer.data(), d_base(true, m));
   }
 
   void main_backward(const T* const* run, const T* momentum_inner, const T* momentum_outer, T* base_inner,
@@ -1057,7 +1064,7 @@ class Task {
         axpy(c * K, T(1), d_projected.data(), to);
       else
         copy(d_projected.data(), to, std::ptrdiff_t(c) * K);
-      through_whole(whole_inner, whole_outer, at(0, p), at(1, p), d);
+      through_whole(p, whole_inner, whole_outer, d);
     }
   }
 
@@ -1083,9 +1090,7 @@ class Task {
   int n = 0, row = 0, head = 0;
   std::vector<std::ptrdiff_t> units;  // hidden units before each memory
   bool even;                           // whether all memories are as wide
-  std::vector<T> local[6], local_base[2], local_d_base[2];
-  T* d_base[2] = {nullptr, nullptr};
-  const T* base_of[2] = {nullptr, nullptr};
+  std::vector<T> local[6];
   std::ptrdiff_t inner_size, outer_size;
   GateRule rule;
   int start = 0, c = 0, ld = 0;
