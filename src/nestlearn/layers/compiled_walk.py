@@ -224,18 +224,7 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
     widths = (ctypes.c_int32 * memories)(*plan.hidden)
     starts = (ctypes.c_int32 * len(segments))(*(segment.start for segment in segments))
     stops = (ctypes.c_int32 * len(segments))(*(segment.stop for segment in segments))
-    reset = torch.zeros(len(segments), rows, dtype=torch.bool)
-    completes = torch.zeros(2, len(segments), rows, dtype=torch.bool)
-    active = None
-    for i, segment in enumerate(segments):
-        if segment.reset is not None:
-            reset[i] = segment.reset
-        for j, size in enumerate((plan.chunk_size, plan.projection_chunk_size)):
-            completes[j, i] = segment.completes(size)
-        if segment.active is not None:
-            if active is None:
-                active = torch.ones(rows, streams.shape[3], dtype=torch.bool)
-            active[:, segment.start : segment.stop] = segment.active
+    reset, completes, active = _marks(plan, rows, streams.shape[3])
     walk = Walk(
         rows=rows,
         heads=heads,
@@ -266,8 +255,8 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
         starts=ctypes.addressof(starts),
         stops=ctypes.addressof(stops),
         active=None if active is None else active.data_ptr(),
-        reset=reset.data_ptr(),
-        completes=completes.data_ptr(),
+        reset=ctypes.addressof(reset),
+        completes=ctypes.addressof(completes),
         streams=streams.data_ptr(),
         logits=None if logits is None else logits.data_ptr(),
     )
@@ -277,3 +266,32 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
     _point(walk.state, tensors[STATES])
     alive: list[object] = [scales, widths, starts, stops, reset, completes, active]
     return walk, alive
+
+
+def _marks(plan: WalkPlan, rows: int, places: int) -> tuple[ctypes.Array[Any], ctypes.Array[Any], Tensor | None]:
+    """Which rows each segment resets (segments, rows), whose chunk of the main and the other memories it ends
+    (2, segments, rows), and where there are tokens (rows, places), None for everywhere. Bytes, quicker to make than
+    tensors: decoding makes them for every token."""
+    segments = plan.segments
+    sizes = (plan.chunk_size, plan.projection_chunk_size)
+    reset = bytearray(len(segments) * rows)
+    completes = bytearray(2 * len(segments) * rows)
+    active = None
+    for i, segment in enumerate(segments):
+        if segment.reset is not None:
+            reset[i * rows : (i + 1) * rows] = bytes(segment.reset.tolist())
+        ends = segment.end.tolist() if isinstance(segment.end, Tensor) else [segment.end] * rows
+        filled = [True] * rows if segment.filled is None else segment.filled.tolist()
+        for j, size in enumerate(sizes):
+            done = bytes(end % size == 0 and full for end, full in zip(ends, filled, strict=True))
+            place = (j * len(segments) + i) * rows
+            completes[place : place + rows] = done
+        if segment.active is not None:
+            if active is None:
+                active = torch.ones(rows, places, dtype=torch.bool)
+            active[:, segment.start : segment.stop] = segment.active
+    return (
+        (ctypes.c_uint8 * len(reset)).from_buffer(reset),
+        (ctypes.c_uint8 * len(completes)).from_buffer(completes),
+        active,
+    )
