@@ -23,6 +23,9 @@ READS = ("token", "previous", "chunk")
 
 Maps = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
+# With fewer tokens than this in all rows and heads it takes longer to wake another thread than to do its work.
+FEW = 64
+
 # Places among the tensors of a walk: streams, logits, read-outs, initial memories, states.
 READOUTS, BASE, STATES = slice(2, 8), slice(8, 12), slice(12, 18)
 
@@ -246,7 +249,7 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
         has_retain=plan.retention,
         has_momentum=tensors[STATES][4] is not None,
         detach_every=plan.detach_every or 0,
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if rows * heads * streams.shape[3] >= FEW else 1,
         wide=streams.dtype == torch.float64,
         bound=plan.bound or 0.0,
         largest_gate=plan.largest_gate,

@@ -177,10 +177,8 @@ class HopeConfig:
     @classmethod
     def paper(cls, **overrides: Any) -> HopeConfig:
         """The literal reading of Eq. 86-91, for comparison: retention to zero, reads of the snapshot, residual main
-        memory, memories of one size, errors written whole and without bound, momentum as in its Table 6."""
-        wide = cls(**overrides)
-        hidden = wide.memory_hidden or wide.dim // wide.heads
-        return cls(**{**PAPER, "projection_hidden": hidden, **overrides})
+        memory, errors written whole and without bound, momentum as in its Table 6."""
+        return cls(**{**PAPER, **overrides})
 
     @classmethod
     def transformer(cls, **overrides: Any) -> HopeConfig:

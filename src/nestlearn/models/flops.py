@@ -80,7 +80,7 @@ def _mlp_memories(config: HopeConfig, chunk: int, tokens: int, *, memories: int 
     erasing, momentum = config.inner_rule != "gd", config.momentum
     across = 2.0 * width * hidden  # a product with one of a memory's two maps
     within, within_hidden = 2.0 * length * width, 2.0 * length * hidden  # products with a segment
-    narrow = max(1, hidden // 4) if config.projection_hidden is None else config.projection_hidden
+    narrow = config.projection_hidden or hidden
     # Widths of all hidden layers together, in units of the main memory's.
     maps = 1 + (memories - 1) * narrow / hidden
     both = maps * within_hidden + memories * within  # a square matrix of the segment times the writes of both maps
