@@ -283,12 +283,10 @@ def _marks(plan: WalkPlan, rows: int, places: int) -> tuple[ctypes.Array[Any], c
     for i, segment in enumerate(segments):
         if segment.reset is not None:
             reset[i * rows : (i + 1) * rows] = bytes(segment.reset.tolist())
-        ends = segment.end.tolist() if isinstance(segment.end, Tensor) else [segment.end] * rows
-        filled = [True] * rows if segment.filled is None else segment.filled.tolist()
         for j, size in enumerate(sizes):
-            done = bytes(end % size == 0 and full for end, full in zip(ends, filled, strict=True))
+            done = segment.completes(size)
             place = (j * len(segments) + i) * rows
-            completes[place : place + rows] = done
+            completes[place : place + rows] = bytes([done] * rows if isinstance(done, bool) else done.tolist())
         if segment.active is not None:
             if active is None:
                 active = torch.ones(rows, places, dtype=torch.bool)

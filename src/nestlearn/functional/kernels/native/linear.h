@@ -179,7 +179,7 @@ inline double exponential(double x) { return std::exp(x); }
 
 // exp in single precision to about one unit in the last place, without branches, so that loops over it vectorise.
 inline float exponential(float x) {
-  x = std::min(88.0f, std::max(-87.0f, x));
+  x = std::min(std::max(x, -87.0f), 88.0f);  // in this order NaN stays NaN
   const float n = std::nearbyintf(x * 1.44269504088896341f);
   const float r = x - n * 0.693359375f - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;

@@ -69,8 +69,7 @@ class Task {
     for (auto* v : {&key_norm, &value_norm, &query_norm, &key_square, &gate_logit, &retain_logit, &momentum_logit})
       v->assign(c, 0);
     for (auto* v : {&d_gate, &d_retain, &d_momentum, &d_log_retain, &d_log_momentum, &d_inner_erase, &d_inner_write,
-                    &d_outer_erase, &d_outer_write, &d_inner_coefficient, &d_outer_coefficient, &d_h_square,
-                    &d_error_square, &d_image_square})
+                    &d_outer_erase})
       v->assign(c, 0);
     inner_strengths.resize(c);
     inner_products.assign(std::ptrdiff_t(c) * pad, 0);
@@ -79,11 +78,11 @@ class Task {
     for (auto* v : {&t.z, &t.z_values, &t.h, &t.difference, &t.back, &t.image, &t.inner, &t.inner_values, &d_h, &d_z,
                     &d_z_values, &d_image, &d_difference, &d_inner, &d_inner_values, &features, &read_z, &scratch_h})
       v->assign(std::ptrdiff_t(c) * H, 0);
-    for (auto* v : {&t.error, &t.outer, &t.outer_values, &d_outer, &d_error, &d_outer_values, &scratch_v, &read_out})
+    for (auto* v : {&t.error, &t.outer, &t.outer_values, &d_outer, &d_error, &d_outer_values, &read_out})
       v->assign(std::ptrdiff_t(c) * V, 0);
     for (auto* v : {&t.products, &t.factor, &d_factor, &pairs, &inner_attention, &outer_attention, &weighted, &inside})
       v->assign(std::ptrdiff_t(c + 1) * pad, 0);
-    for (auto* v : {&t.whole_inner, &t.inner_t, &t.change_inner_t, &temporary}) v->assign(inner_size, 0);
+    for (auto* v : {&t.whole_inner, &t.inner_t, &t.change_inner_t}) v->assign(inner_size, 0);
     for (auto* v : {&t.whole_outer, &t.outer_t, &t.change_outer_t}) v->assign(outer_size, 0);
     t.h_t.assign(std::ptrdiff_t(H) * pad, 0);
     wide_t.assign(std::ptrdiff_t(widest) * std::max(pad, widest), 0);
@@ -1100,13 +1099,13 @@ class Task {
   std::vector<T> keys, values, queries, keys_t, key_norm, value_norm, query_norm, key_square;
   std::vector<T> gate_logit, retain_logit, momentum_logit;
   std::vector<T> inner_products, inner_factor, inner_attention, outer_attention, weighted, inside, pairs;
-  std::vector<T> projected, projected_z, projected_h, features, read_z, read_out, wide, wide2, wide_t, temporary;
+  std::vector<T> projected, projected_z, projected_h, features, read_z, read_out, wide, wide2, wide_t;
   std::vector<T> inner_erased, outer_erased;
   std::vector<T> d_keys, d_values, d_queries, d_h, d_z, d_z_values, d_image, d_difference, d_error, d_factor;
   std::vector<T> d_inner, d_outer, d_inner_values, d_outer_values, d_inner_erased, d_outer_erased, d_inner_factor;
   std::vector<T> d_gate, d_retain, d_momentum, d_log_retain, d_log_momentum, d_inner_erase, d_inner_write;
-  std::vector<T> d_outer_erase, d_outer_write, d_inner_erase_one, d_inner_coefficient, d_outer_coefficient;
-  std::vector<T> d_h_square, d_error_square, d_image_square, d_projected, scratch_h, scratch_v;
+  std::vector<T> d_outer_erase, d_inner_erase_one;
+  std::vector<T> d_projected, scratch_h;
   std::vector<T> before_inner, before_outer, whole_inner, whole_outer, momentum_before_inner, momentum_before_outer;
 };
 
