@@ -10,9 +10,9 @@
 #include "gates.h"
 
 struct Walk {
-  // Sizes: rows and heads (N = rows * heads), memories, those read for k, v, gates (and q), key, hidden and value
-  // width, longest segment, segments, places.
-  std::int32_t rows, heads, memories, projections, key, hidden, value, chunk, segments, places;
+  // Sizes: rows and heads (N = rows * heads), memories, those read for k, v, gates (and q), the first of the narrow ones
+  // and the one after them, key, hidden and value width, longest segment, segments, places.
+  std::int32_t rows, heads, memories, projections, narrow_first, narrow_stop, key, hidden, value, chunk, segments, places;
   std::int32_t rule;  // 0 dgd, 1 gd, 2 delta
   std::int32_t read;  // 0 token, 1 previous, 2 chunk
   std::int32_t negative_eigenvalues, own_targets, main_residual, adaptive_query, to_initial;
@@ -28,13 +28,13 @@ struct Walk {
   // Inputs; memories (N or heads, M, ...) are padded with zeros to `hidden`. streams (3 or 4, N, places, key): q, k, v and the gates' input.
   const void *streams, *logits;       // logits (1 to 3, N, places) where they are given
   const void *readouts[6];            // gate, its bias, retain, its bias, momentum, its bias: (heads, key), (heads)
-  const void *base[2], *base_projections[2];  // inner, outer (heads, M, ...); of the projections apart, or null
+  const void *base[2], *base_narrow[2];  // inner, outer (heads, M, ...); of the narrow memories apart, or null
   const void *state[6];               // running, snapshot, momentum: inner, outer each
   // Outputs, and the memories at each segment's start (segments, N, ...).
   void *out, *after[6], *saved[4];
   // Backward.
   const void *d_out, *d_after[6];
-  void *d_streams, *d_logits, *d_readouts[6], *d_base[2], *d_base_projections[2], *d_state[6];  // d_base*: (N, ...)
+  void *d_streams, *d_logits, *d_readouts[6], *d_base[2], *d_base_narrow[2], *d_state[6];  // d_base*: (N, ...)
   // What the projections' memories made of each token, (5, N, places, key): q, k, v, rate, retention. Null: not wanted.
   void* made;
   const void* d_made;
@@ -278,18 +278,18 @@ class Task {
     const std::ptrdiff_t size = total(i % 2);
     return static_cast<T*>(w.saved[i]) + (std::ptrdiff_t(s) * w.rows * w.heads + n) * size;
   }
-  // Memory m of a tensor of initial memories, where those of the projections may lie apart. `which` is the head, or for
-  // gradients the row and head.
-  T* initial(const void* const* all, const void* const* projections, bool outer, int m, int which) const {
-    if (!projections[outer])
-      return static_cast<T*>(const_cast<void*>(all[outer])) + which * padded(outer) + at(outer, m);
-    if (m == M - 1)
-      return static_cast<T*>(const_cast<void*>(all[outer])) + which * (total(outer) - at(outer, M - 1));
-    return static_cast<T*>(const_cast<void*>(projections[outer])) + which * at(outer, M - 1) + at(outer, m);
+  // Memory m of a tensor of initial memories, where the narrow ones may lie apart. `which` is the head, or for gradients
+  // the row and head.
+  T* initial(const void* const* wide, const void* const* narrow, bool outer, int m, int which) const {
+    const std::ptrdiff_t first = at(outer, w.narrow_first), apart = at(outer, w.narrow_stop) - first;
+    if (m >= w.narrow_first && m < w.narrow_stop)
+      return static_cast<T*>(const_cast<void*>(narrow[outer])) + which * apart + at(outer, m) - first;
+    return static_cast<T*>(const_cast<void*>(wide[outer])) + which * (total(outer) - apart) + at(outer, m) -
+           (m < w.narrow_first ? 0 : apart);
   }
-  const T* base(bool outer, int m) const { return initial(w.base, w.base_projections, outer, m, head); }
+  const T* base(bool outer, int m) const { return initial(w.base, w.base_narrow, outer, m, head); }
   T* d_base(bool outer, int m) const {
-    return initial(const_cast<const void* const*>(w.d_base), const_cast<const void* const*>(w.d_base_projections),
+    return initial(const_cast<const void* const*>(w.d_base), const_cast<const void* const*>(w.d_base_narrow),
                    outer, m, n);
   }
   const T* stream(int i) const {
@@ -393,7 +393,7 @@ class Task {
         use(p);
         whole(p, snap_inner + at(0, p), snap_outer + at(1, p));
         const T* x = stream(projection_stream(p));
-        T *z = projected_z.data() + std::ptrdiff_t(p) * c * H, *h = projected_h.data() + std::ptrdiff_t(p) * c * H;
+        T *z = projected_z.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
         T* y = projected.data() + std::ptrdiff_t(p) * c * K;
         times(x, K, t.whole_inner.data(), t.inner_t.data(), H, z);
         for (int i = 0; i < c * H; ++i) h[i] = silu(z[i]);
@@ -1050,7 +1050,7 @@ class Task {
       if (w.d_made && (p == 2 || p == 3)) axpy(c * K, T(1), made(w.d_made, p + 1), d_projected.data());
       whole(p, snap[0] + at(0, p), snap[1] + at(1, p));
       const T* x = stream(projection_stream(p));
-      const T *z = projected_z.data() + std::ptrdiff_t(p) * c * H, *h = projected_h.data() + std::ptrdiff_t(p) * c * H;
+      const T *z = projected_z.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
       whole_inner.assign(inner_size, 0);
       whole_outer.assign(outer_size, 0);
       gemm<T>(c, H, V, d_projected.data(), K, 1, t.whole_outer.data(), H, d_z.data(), H);
