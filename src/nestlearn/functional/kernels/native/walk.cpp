@@ -44,7 +44,8 @@ namespace {
 
 template <typename T>
 struct Tiles {
-  std::vector<T> z, z_values, h, difference, error, back, image, inner, outer, inner_values, outer_values;
+  std::vector<T> s, s_values;  // sigmoid of the hidden layer's input, for keys and values
+  std::vector<T> h, difference, error, back, image, inner, outer, inner_values, outer_values;
   std::vector<T> products, factor;  // of the outer map, (c x ld)
   std::vector<T> whole_inner, whole_outer, inner_t, outer_t, change_inner_t, change_outer_t, h_t;
   std::vector<T> error_square, image_square, h_square, inner_coefficient, outer_coefficient, on_error, on_image;
@@ -75,8 +76,8 @@ class Task {
     inner_products.assign(std::ptrdiff_t(c) * pad, 0);
     inner_factor.assign(std::ptrdiff_t(c) * pad, 0);
     d_inner_factor.assign(std::ptrdiff_t(c) * pad, 0);
-    for (auto* v : {&t.z, &t.z_values, &t.h, &t.difference, &t.back, &t.image, &t.inner, &t.inner_values, &d_h, &d_z,
-                    &d_z_values, &d_image, &d_difference, &d_inner, &d_inner_values, &features, &read_z, &scratch_h})
+    for (auto* v : {&t.s, &t.s_values, &t.h, &t.difference, &t.back, &t.image, &t.inner, &t.inner_values, &d_h, &d_z,
+                    &d_z_values, &d_image, &d_difference, &d_inner, &d_inner_values, &features, &read_s, &scratch_h})
       v->assign(std::ptrdiff_t(c) * H, 0);
     for (auto* v : {&t.error, &t.outer, &t.outer_values, &d_outer, &d_error, &d_outer_values, &read_out})
       v->assign(std::ptrdiff_t(c) * V, 0);
@@ -94,7 +95,7 @@ class Task {
     t.strengths.resize(c);
     if (P) {
       projected.assign(std::ptrdiff_t(P) * c * K, 0);
-      projected_z.assign(std::ptrdiff_t(P) * c * H, 0);
+      projected_s.assign(std::ptrdiff_t(P) * c * H, 0);
       projected_h.assign(std::ptrdiff_t(P) * c * H, 0);
       d_projected.assign(std::ptrdiff_t(c) * K, 0);
     }
@@ -136,7 +137,7 @@ class Task {
         if (m == M - 1) {
           read_main(now[0] + at(0, m), now[1] + at(1, m),
                     w.has_momentum ? now[4] + at(0, m) : nullptr,
-                    w.has_momentum ? now[5] + at(1, m) : nullptr);
+                    w.has_momentum ? now[5] + at(1, m) : nullptr, true);
           copy(read_out.data(), outputs(w.out), std::ptrdiff_t(c) * V);
           if (w.made) {
             const T* parts[] = {queries.data(), keys.data(), values.data(), projection(2), projection(3)};
@@ -377,7 +378,6 @@ class Task {
     return to.data();
   }
 
-  static T silu(T x) { return x * sigmoid(x); }
 
   // ---- k, v, q, gates and decays of segment s (Eq. 83) ----
   int projection_stream(int p) const { return p == 0 ? 1 : p == 1 ? 2 : p == 4 ? 0 : 3; }
@@ -393,10 +393,10 @@ class Task {
         use(p);
         whole(p, snap_inner + at(0, p), snap_outer + at(1, p));
         const T* x = stream(projection_stream(p));
-        T *z = projected_z.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
+        T *sig = projected_s.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
         T* y = projected.data() + std::ptrdiff_t(p) * c * K;
-        times(x, K, t.whole_inner.data(), t.inner_t.data(), H, z);
-        for (int i = 0; i < c * H; ++i) h[i] = silu(z[i]);
+        times(x, K, t.whole_inner.data(), t.inner_t.data(), H, sig);
+        activate(c * H, sig, h);
         copy(x, y, std::ptrdiff_t(c) * K);
         times(h, H, t.whole_outer.data(), t.outer_t.data(), K, y, 1, true);
       }
@@ -468,11 +468,12 @@ class Task {
   void write(int m, const T* run_inner, const T* run_outer, const T* snap_inner, const T* snap_outer,
              const T* momentum_inner, const T* momentum_outer) {
     whole(m, snap_inner, snap_outer);
-    times(keys.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.z.data());
-    for (int i = 0; i < c * H; ++i) t.h[i] = silu(t.z[i]);
+    times(keys.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.s.data());
+    activate(c * H, t.s.data(), t.h.data());
     if (w.own_targets) {
-      times(values.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.z_values.data());
-      for (int i = 0; i < c * H; ++i) t.difference[i] = t.h[i] - silu(t.z_values[i]);
+      times(values.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.s_values.data());
+      activate(c * H, t.s_values.data(), t.difference.data());
+      for (int i = 0; i < c * H; ++i) t.difference[i] = t.h[i] - t.difference[i];
     } else {
       copy(t.h.data(), t.difference.data(), std::ptrdiff_t(c) * H);
     }
@@ -480,7 +481,7 @@ class Task {
     for (int i = 0; i < c * V; ++i) t.error[i] = residual ? keys[i] - values[i] : -values[i];
     times(t.difference.data(), H, t.whole_outer.data(), t.outer_t.data(), V, t.error.data(), 1, true);
     gemm<T>(c, H, V, t.error.data(), V, 1, t.whole_outer.data(), H, t.back.data(), H);
-    for (int i = 0; i < c * H; ++i) t.image[i] = t.back[i] * slope(t.z[i]);
+    for (int i = 0; i < c * H; ++i) t.image[i] = t.back[i] * silu_slope(t.s[i], t.h[i]);
     const T scale = T(w.scales[m]), square = T(w.bound * w.bound);
     for (int i = 0; i < c; ++i) {
       t.error_square[i] = dot(V, &t.error[i * V], &t.error[i * V]);
@@ -512,10 +513,6 @@ class Task {
   }
 
   bool has_residual(int m) const { return m < M - 1 ? true : w.main_residual != 0; }
-  static T slope(T x) {
-    const T s = sigmoid(x);
-    return s + x * s * (1 - s);
-  }
 
   // The triangular system of one map: x (c x width), values (c x columns), memory (columns x width) and its transpose.
   void solve(const T* x, int width, int columns, const std::vector<T>& given, const T* memory, const T* memory_t, const T* reference,
@@ -585,21 +582,23 @@ class Task {
   }
 
   // ---- reads of the main memory, whose tiles are in t ----
-  void read_main(const T* run_inner, const T* run_outer, const T* momentum_inner, const T* momentum_outer) {
+  // Its hidden features and, if they are wanted, the outputs.
+  void read_main(const T* run_inner, const T* run_outer, const T* momentum_inner, const T* momentum_outer, bool output) {
     const int m = M - 1;
     if (w.read == 2) {
-      times(queries.data(), K, t.whole_inner.data(), t.inner_t.data(), H, read_z.data());
-      for (int i = 0; i < c * H; ++i) features[i] = silu(read_z[i]);
-      times(features.data(), H, t.whole_outer.data(), t.outer_t.data(), V, read_out.data());
+      times(queries.data(), K, t.whole_inner.data(), t.inner_t.data(), H, read_s.data());
+      activate(c * H, read_s.data(), features.data());
+      if (output) times(features.data(), H, t.whole_outer.data(), t.outer_t.data(), V, read_out.data());
     } else {
       read(queries.data(), K, H, inner_attention, run_inner, t.change_inner_t.data(), momentum_inner, t.inner, inner_erased,
-           base(false, m), read_z);
-      for (int i = 0; i < c * H; ++i) features[i] = silu(read_z[i]);
+           base(false, m), read_s);
+      activate(c * H, read_s.data(), features.data());
       gemm<T>(c, ld, H, features.data(), H, 1, t.h_t.data(), ld, outer_attention.data(), ld, 1, false, Shape::OutLower);
-      read(features.data(), H, V, outer_attention, run_outer, t.change_outer_t.data(), momentum_outer, t.outer, outer_erased,
-           base(true, m), read_out);
+      if (output)
+        read(features.data(), H, V, outer_attention, run_outer, t.change_outer_t.data(), momentum_outer, t.outer,
+             outer_erased, base(true, m), read_out);
     }
-    if (w.main_residual)
+    if (output && w.main_residual)
       for (int i = 0; i < c * V; ++i) read_out[i] += queries[i];
   }
 
@@ -786,7 +785,7 @@ class Task {
 
     // Back from the image and the error (Eq. 84, 85).
     for (int i = 0; i < c * H; ++i) {
-      const T z = t.z[i], s = sigmoid(z), h = z * s, rest = 1 - s;
+      const T s = t.s[i], h = t.h[i], rest = 1 - s;
       const T curvature = rest * (h + 2 * s * (1 - h));
       d_z[i] = d_image[i] * t.back[i] * curvature;
       d_image[i] *= s + h * rest;  // now the gradient of the error through W1
@@ -795,11 +794,12 @@ class Task {
     times(d_image.data(), H, t.whole_outer.data(), t.outer_t.data(), V, d_error.data(), 1, true);
     gemm<T>(c, H, V, d_error.data(), V, 1, t.whole_outer.data(), H, d_difference.data(), H);
     gemm<T>(V, H, c, d_error.data(), 1, V, t.difference.data(), H, whole_outer.data(), H, 1, true);
-    for (int i = 0; i < c * H; ++i) d_z[i] += (d_h[i] + d_difference[i]) * slope(t.z[i]);
+    for (int i = 0; i < c * H; ++i) d_z[i] += (d_h[i] + d_difference[i]) * silu_slope(t.s[i], t.h[i]);
     gemm<T>(c, K, H, d_z.data(), H, 1, t.whole_inner.data(), K, d_keys.data(), K, 1, true);
     gemm<T>(H, K, c, d_z.data(), 1, H, keys.data(), K, whole_inner.data(), K, 1, true);
     if (w.own_targets) {
-      for (int i = 0; i < c * H; ++i) d_z_values[i] = -d_difference[i] * slope(t.z_values[i]);
+      for (int i = 0; i < c * H; ++i)
+        d_z_values[i] = -d_difference[i] * silu_slope(t.s_values[i], t.h[i] - t.difference[i]);
       gemm<T>(c, K, H, d_z_values.data(), H, 1, t.whole_inner.data(), K, d_values.data(), K, 1, true);
       gemm<T>(H, K, c, d_z_values.data(), 1, H, values.data(), K, whole_inner.data(), K, 1, true);
     }
@@ -830,18 +830,18 @@ class Task {
                      T* base_outer) {
     const int m = M - 1;
     const T* d_out = outputs(w.d_out);
-    read_main(run[0] + at(0, m), run[1] + at(1, m), momentum_inner, momentum_outer);
+    read_main(run[0] + at(0, m), run[1] + at(1, m), momentum_inner, momentum_outer, false);
     if (w.read == 2) {
       gemm<T>(c, H, V, d_out, V, 1, t.whole_outer.data(), H, scratch_h.data(), H);
       gemm<T>(V, H, c, d_out, 1, V, features.data(), H, whole_outer.data(), H, 1, true);
-      for (int i = 0; i < c * H; ++i) scratch_h[i] *= slope(read_z[i]);
+      for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
       gemm<T>(c, K, H, scratch_h.data(), H, 1, t.whole_inner.data(), K, d_queries.data(), K);
       gemm<T>(H, K, c, scratch_h.data(), 1, H, queries.data(), K, whole_inner.data(), K, 1, true);
     } else {
       read_backward(d_out, features.data(), H, V, outer_attention, run[1] + at(1, m), momentum_outer, t.outer,
                     outer_erased, base(true, m), t.h.data(), scratch_h.data(), d_outer.data(), d_outer_erased.data(),
                     d_h.data(), before_outer.data(), momentum_before_outer.data(), base_outer);
-      for (int i = 0; i < c * H; ++i) scratch_h[i] *= slope(read_z[i]);
+      for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
       read_backward(scratch_h.data(), queries.data(), K, H, inner_attention, run[0] + at(0, m), momentum_inner,
                     t.inner, inner_erased, base(false, m), keys.data(), d_queries.data(), d_inner.data(),
                     d_inner_erased.data(), d_keys.data(), before_inner.data(), momentum_before_inner.data(), base_inner);
@@ -1050,12 +1050,12 @@ class Task {
       if (w.d_made && (p == 2 || p == 3)) axpy(c * K, T(1), made(w.d_made, p + 1), d_projected.data());
       whole(p, snap[0] + at(0, p), snap[1] + at(1, p));
       const T* x = stream(projection_stream(p));
-      const T *z = projected_z.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
+      const T *sig = projected_s.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
       whole_inner.assign(inner_size, 0);
       whole_outer.assign(outer_size, 0);
       gemm<T>(c, H, V, d_projected.data(), K, 1, t.whole_outer.data(), H, d_z.data(), H);
       gemm<T>(V, H, c, d_projected.data(), 1, K, h, H, whole_outer.data(), H);
-      for (int i = 0; i < c * H; ++i) d_z[i] *= slope(z[i]);
+      for (int i = 0; i < c * H; ++i) d_z[i] *= silu_slope(sig[i], h[i]);
       gemm<T>(H, K, c, d_z.data(), 1, H, x, K, whole_inner.data(), K);
       gemm<T>(c, K, H, d_z.data(), H, 1, t.whole_inner.data(), K, d_projected.data(), K, 1, true);
       T* to = d_stream(projection_stream(p));
@@ -1099,7 +1099,7 @@ class Task {
   std::vector<T> keys, values, queries, keys_t, key_norm, value_norm, query_norm, key_square;
   std::vector<T> gate_logit, retain_logit, momentum_logit;
   std::vector<T> inner_products, inner_factor, inner_attention, outer_attention, weighted, inside, pairs;
-  std::vector<T> projected, projected_z, projected_h, features, read_z, read_out, wide, wide2, wide_t;
+  std::vector<T> projected, projected_s, projected_h, features, read_s, read_out, wide, wide2, wide_t;
   std::vector<T> inner_erased, outer_erased;
   std::vector<T> d_keys, d_values, d_queries, d_h, d_z, d_z_values, d_image, d_difference, d_error, d_factor;
   std::vector<T> d_inner, d_outer, d_inner_values, d_outer_values, d_inner_erased, d_outer_erased, d_inner_factor;
