@@ -60,6 +60,7 @@ class Task {
         V(w.value), pad((w.chunk + 15) / 16 * 16), H(w.hidden), inner_size(std::ptrdiff_t(H) * K),
         outer_size(std::ptrdiff_t(V) * H), decays(w.chunk, pad) {
     units.assign(M + 1, 0);
+    same.assign(M, 0);
     for (int m = 0; m < M; ++m) units[m + 1] = units[m] + w.widths[m];
     even = units[M] == M * w.hidden;
     rule = GateRule{w.negative_eigenvalues != 0, w.rule != 1, w.has_momentum != 0, w.largest_gate};
@@ -119,8 +120,12 @@ class Task {
     T* now[6];
     open(w.state, w.after, now);
     bool taken = false;
+    std::fill(same.begin(), same.end(), 0);
     for (int s = 0; s < w.segments; ++s) {
-      if (reset(s)) fresh(now), taken = true;
+      if (reset(s)) {
+        fresh(now), taken = true;
+        std::fill(same.begin(), same.end(), 0);
+      }
       if (w.keep) {
         copy(now[0], saved(0, s), total(0));
         copy(now[1], saved(1, s), total(1));
@@ -129,10 +134,11 @@ class Task {
           copy(now[5], saved(3, s), total(1));
         }
       }
-      begin(s, now[2], now[3]);
+      const T* snap[2] = {same[0] ? now[0] : now[2], same[0] ? now[1] : now[3]};
+      begin(s, snap[0], snap[1]);
       for (int m = 0; m < M; ++m) {
         use(m);
-        write(m, now[0] + at(0, m), now[1] + at(1, m), now[2] + at(0, m), now[3] + at(1, m),
+        write(m, now[0] + at(0, m), now[1] + at(1, m), now[same[m] ? 0 : 2] + at(0, m), now[same[m] ? 1 : 3] + at(1, m),
               w.has_momentum ? now[4] + at(0, m) : nullptr, w.has_momentum ? now[5] + at(1, m) : nullptr);
         if (m == M - 1) {
           read_main(now[0] + at(0, m), now[1] + at(1, m),
@@ -144,18 +150,25 @@ class Task {
             for (int i = 0; i < 5; ++i) copy(parts[i], made(w.made, i), std::ptrdiff_t(c) * K);
           }
         }
+        // A snapshot is the running memory itself until that goes on while the snapshot stays.
+        const bool completed = completes(m, s);
+        if (same[m] && !completed) take_snapshot(m, now);
+        same[m] = completed;
+        taken |= completed;
         advance(keys.data(), K, t.inner, H, inner_erased, now[0] + at(0, m),
                 w.has_momentum ? now[4] + at(0, m) : nullptr);
         advance(t.h.data(), H, t.outer, V, outer_erased, now[1] + at(1, m),
                 w.has_momentum ? now[5] + at(1, m) : nullptr);
-        if (completes(m, s)) {
-          taken = true;
-          copy(now[0] + at(0, m), now[2] + at(0, m), inner_size);
-          copy(now[1] + at(1, m), now[3] + at(1, m), outer_size);
-        }
       }
     }
+    for (int m = 0; m < M; ++m)
+      if (same[m]) use(m), take_snapshot(m, now);
     close(w.state, w.after, now, taken);
+  }
+
+  void take_snapshot(int m, T** now) {
+    copy(now[0] + at(0, m), now[2] + at(0, m), inner_size);
+    copy(now[1] + at(1, m), now[3] + at(1, m), outer_size);
   }
 
   void backward() {
@@ -319,6 +332,7 @@ class Task {
   }
   static void copy(const T* from, T* to, std::ptrdiff_t count) { std::memcpy(to, from, count * sizeof(T)); }
   static void fold(T* from, T* to, std::ptrdiff_t count) {
+#pragma GCC ivdep
     for (std::ptrdiff_t i = 0; i < count; ++i) to[i] += from[i], from[i] = 0;
   }
 
@@ -348,7 +362,9 @@ class Task {
   void whole(int m, const T* snap_inner, const T* snap_outer) {
     if (w.to_initial) {
       const T *b = base(false, m), *o = base(true, m);
+#pragma GCC ivdep
       for (std::ptrdiff_t i = 0; i < inner_size; ++i) t.whole_inner[i] = snap_inner[i] + b[i];
+#pragma GCC ivdep
       for (std::ptrdiff_t i = 0; i < outer_size; ++i) t.whole_outer[i] = snap_outer[i] + o[i];
     } else {
       copy(snap_inner, t.whole_inner.data(), inner_size);
@@ -368,6 +384,7 @@ class Task {
       return;
     }
     for (int i = 0; i < c; ++i)
+#pragma GCC ivdep
       for (int j = 0; j < columns; ++j) {
         const T y = alpha * dot(width, x + i * width, b + std::ptrdiff_t(j) * width);
         out[i * columns + j] = add ? out[i * columns + j] + y : y;
@@ -459,6 +476,7 @@ class Task {
     for (int i = 0; i < c; ++i) {
       const T* r = decays.row(decays.retain_between, i - 1);
       T *f = &factor[std::ptrdiff_t(i) * ld], *p = &products[std::ptrdiff_t(i) * ld];
+#pragma GCC ivdep
       for (int s = 0; s < i; ++s) f[s] = e[i].erase * r[s] * p[s];
       for (int s = i; s < ld; ++s) f[s] = p[s] = 0;
     }
@@ -473,14 +491,17 @@ class Task {
     if (w.own_targets) {
       times(values.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.s_values.data());
       activate(c * H, t.s_values.data(), t.difference.data());
+#pragma GCC ivdep
       for (int i = 0; i < c * H; ++i) t.difference[i] = t.h[i] - t.difference[i];
     } else {
       copy(t.h.data(), t.difference.data(), std::ptrdiff_t(c) * H);
     }
     const bool residual = has_residual(m);
+#pragma GCC ivdep
     for (int i = 0; i < c * V; ++i) t.error[i] = residual ? keys[i] - values[i] : -values[i];
     times(t.difference.data(), H, t.whole_outer.data(), t.outer_t.data(), V, t.error.data(), 1, true);
     gemm<T>(c, H, V, t.error.data(), V, 1, t.whole_outer.data(), H, t.back.data(), H);
+#pragma GCC ivdep
     for (int i = 0; i < c * H; ++i) t.image[i] = t.back[i] * silu_slope(t.s[i], t.h[i]);
     const T scale = T(w.scales[m]), square = T(w.bound * w.bound);
     for (int i = 0; i < c; ++i) {
@@ -497,7 +518,9 @@ class Task {
       }
       t.outer_coefficient[i] = -scale * t.on_error[i] * t.strengths[i].write;
       t.inner_coefficient[i] = -scale * t.on_error[i] * t.on_image[i] * inner_strengths[i].write;
+#pragma GCC ivdep
       for (int j = 0; j < H; ++j) t.inner_values[i * H + j] = t.image[i * H + j] * t.inner_coefficient[i];
+#pragma GCC ivdep
       for (int j = 0; j < V; ++j) t.outer_values[i * V + j] = t.error[i * V + j] * t.outer_coefficient[i];
     }
     transpose(c, H, t.h.data(), H, t.h_t.data(), ld);
@@ -515,10 +538,14 @@ class Task {
   bool has_residual(int m) const { return m < M - 1 ? true : w.main_residual != 0; }
 
   // The triangular system of one map: x (c x width), values (c x columns), memory (columns x width) and its transpose.
-  void solve(const T* x, int width, int columns, const std::vector<T>& given, const T* memory, const T* memory_t, const T* reference,
+  // `given` is kept with momentum only.
+  void solve(const T* x, int width, int columns, std::vector<T>& given, const T* memory, const T* memory_t, const T* reference,
              const T* momentum, const std::vector<Strength<T>>& e, const std::vector<T>& products,
              const std::vector<T>& factor, std::vector<T>& writes, std::vector<T>& erased) {
-    copy(given.data(), writes.data(), std::ptrdiff_t(c) * columns);
+    if (momentum)
+      copy(given.data(), writes.data(), std::ptrdiff_t(c) * columns);
+    else
+      std::swap(given, writes);
     if (!rule.erases) {
       if (momentum) std::fill(erased.begin(), erased.end(), T(0));
       return;
@@ -550,6 +577,7 @@ class Task {
   void scaled(const T* x, int width, F factor) {
     for (int i = 0; i < c; ++i) {
       const T f = factor(i);
+#pragma GCC ivdep
       for (int j = 0; j < width; ++j) wide[i * width + j] = f * x[i * width + j];
     }
   }
@@ -559,6 +587,7 @@ class Task {
                T* memory, T* momentum) {
     const T *last = decays.write_row(w.has_momentum, c - 1), *last_retain = decays.row(decays.retain_between, c - 1);
     for (int i = 0; i < c; ++i)
+#pragma GCC ivdep
       for (int j = 0; j < columns; ++j) {
         T x_ = writes[i * columns + j] * last[i];
         if (momentum) x_ += erased[i * columns + j] * last_retain[i];
@@ -568,15 +597,19 @@ class Task {
     const std::ptrdiff_t size = std::ptrdiff_t(columns) * width;
     if (momentum) {
       const T carry = decays.carry[c - 1];
+#pragma GCC ivdep
       for (std::ptrdiff_t i = 0; i < size; ++i) memory[i] = kept * memory[i] + carry * momentum[i];
     } else {
+#pragma GCC ivdep
       for (std::ptrdiff_t i = 0; i < size; ++i) memory[i] *= kept;
     }
     gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, memory, width, 1, true);
     if (!momentum) return;
     const T* of_momentum = decays.row(decays.momentum_between, c - 1);
     for (int i = 0; i < c; ++i)
+#pragma GCC ivdep
       for (int j = 0; j < columns; ++j) wide2[i * columns + j] = writes[i * columns + j] * of_momentum[i];
+#pragma GCC ivdep
     for (std::ptrdiff_t i = 0; i < size; ++i) momentum[i] *= decays.momentum_kept[c - 1];
     gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, momentum, width, 1, true);
   }
@@ -599,6 +632,7 @@ class Task {
              outer_erased, base(true, m), read_out);
     }
     if (output && w.main_residual)
+#pragma GCC ivdep
       for (int i = 0; i < c * V; ++i) read_out[i] += queries[i];
   }
 
@@ -612,6 +646,7 @@ class Task {
       const T *r = decays.row(between, i - before()), *a = &attention[std::ptrdiff_t(i) * ld];
       T* out = &weighted[std::ptrdiff_t(i) * ld];
       const int end = i + 1 - before();
+#pragma GCC ivdep
       for (int s = 0; s < end; ++s) out[s] = r[s] * a[s];
       for (int s = end; s < ld; ++s) out[s] = 0;
     }
@@ -652,6 +687,7 @@ class Task {
     for (int i = 0; i < c; ++i) {
       const T g = read_kept(i), along = dot(width, q + i * width, &wide[i * width]);
       add_log_kept(i, g * along);
+#pragma GCC ivdep
       for (int j = 0; j < width; ++j) d_q[i * width + j] = g * wide[i * width + j];
     }
     scaled_into(d_out, columns, wide2, [&](int i) { return read_kept(i); });
@@ -689,6 +725,7 @@ class Task {
       const T *r = decays.row(between, at), *a = &attention[std::ptrdiff_t(i) * ld], *p = &pairs[std::ptrdiff_t(i) * ld];
       T *f = &d_factor[std::ptrdiff_t(i) * ld], *out = &weighted[std::ptrdiff_t(i) * ld];
       T* g = decays.row(plain ? decays.d_write : decays.d_log_between, at);
+#pragma GCC ivdep
       for (int s = 0; s < end; ++s) {
         f[s] += r[s] * p[s];
         out[s] = r[s] * a[s];
@@ -710,6 +747,7 @@ class Task {
   void scaled_into(const T* x, int width, std::vector<T>& out, F factor) {
     for (int i = 0; i < c; ++i) {
       const T f = factor(i);
+#pragma GCC ivdep
       for (int j = 0; j < width; ++j) out[i * width + j] = f * x[i * width + j];
     }
   }
@@ -775,15 +813,18 @@ class Task {
       d_retain[i] += g.retain;
       d_momentum[i] += g.momentum;
       const T on_h = 2 * g.square;
+#pragma GCC ivdep
       for (int j = 0; j < H; ++j) {
         d_image[i * H + j] = t.inner_coefficient[i] * d_inner_values[i * H + j] + 2 * d_image_square * t.image[i * H + j];
         d_h[i * H + j] += on_h * t.h[i * H + j];
       }
+#pragma GCC ivdep
       for (int j = 0; j < V; ++j)
         d_error[i * V + j] = t.outer_coefficient[i] * d_outer_values[i * V + j] + 2 * d_error_square * t.error[i * V + j];
     }
 
     // Back from the image and the error (Eq. 84, 85).
+#pragma GCC ivdep
     for (int i = 0; i < c * H; ++i) {
       const T s = t.s[i], h = t.h[i], rest = 1 - s;
       const T curvature = rest * (h + 2 * s * (1 - h));
@@ -794,16 +835,19 @@ class Task {
     times(d_image.data(), H, t.whole_outer.data(), t.outer_t.data(), V, d_error.data(), 1, true);
     gemm<T>(c, H, V, d_error.data(), V, 1, t.whole_outer.data(), H, d_difference.data(), H);
     gemm<T>(V, H, c, d_error.data(), 1, V, t.difference.data(), H, whole_outer.data(), H, 1, true);
+#pragma GCC ivdep
     for (int i = 0; i < c * H; ++i) d_z[i] += (d_h[i] + d_difference[i]) * silu_slope(t.s[i], t.h[i]);
     gemm<T>(c, K, H, d_z.data(), H, 1, t.whole_inner.data(), K, d_keys.data(), K, 1, true);
     gemm<T>(H, K, c, d_z.data(), 1, H, keys.data(), K, whole_inner.data(), K, 1, true);
     if (w.own_targets) {
+#pragma GCC ivdep
       for (int i = 0; i < c * H; ++i)
         d_z_values[i] = -d_difference[i] * silu_slope(t.s_values[i], t.h[i] - t.difference[i]);
       gemm<T>(c, K, H, d_z_values.data(), H, 1, t.whole_inner.data(), K, d_values.data(), K, 1, true);
       gemm<T>(H, K, c, d_z_values.data(), 1, H, values.data(), K, whole_inner.data(), K, 1, true);
     }
     const bool residual = has_residual(m);
+#pragma GCC ivdep
     for (int i = 0; i < c * V; ++i) {
       if (residual) d_keys[i] += d_error[i];
       d_values[i] -= d_error[i];
@@ -834,6 +878,7 @@ class Task {
     if (w.read == 2) {
       gemm<T>(c, H, V, d_out, V, 1, t.whole_outer.data(), H, scratch_h.data(), H);
       gemm<T>(V, H, c, d_out, 1, V, features.data(), H, whole_outer.data(), H, 1, true);
+#pragma GCC ivdep
       for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
       gemm<T>(c, K, H, scratch_h.data(), H, 1, t.whole_inner.data(), K, d_queries.data(), K);
       gemm<T>(H, K, c, scratch_h.data(), 1, H, queries.data(), K, whole_inner.data(), K, 1, true);
@@ -841,6 +886,7 @@ class Task {
       read_backward(d_out, features.data(), H, V, outer_attention, run[1] + at(1, m), momentum_outer, t.outer,
                     outer_erased, base(true, m), t.h.data(), scratch_h.data(), d_outer.data(), d_outer_erased.data(),
                     d_h.data(), before_outer.data(), momentum_before_outer.data(), base_outer);
+#pragma GCC ivdep
       for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
       read_backward(scratch_h.data(), queries.data(), K, H, inner_attention, run[0] + at(0, m), momentum_inner,
                     t.inner, inner_erased, base(false, m), keys.data(), d_queries.data(), d_inner.data(),
@@ -956,6 +1002,7 @@ class Task {
       const T* r = decays.write_row(true, i - 1);
       T *g = decays.row(decays.d_write, i - 1), *f = &inside[std::ptrdiff_t(i) * ld];
       const T *q = &pairs[std::ptrdiff_t(i) * ld], *p = &products[std::ptrdiff_t(i) * ld];
+#pragma GCC ivdep
       for (int s = 0; s < i; ++s) {
         const T through = q[s] * p[s];
         d_erase[i] -= r[s] * through;
@@ -986,6 +1033,7 @@ class Task {
       T *g = decays.row(decays.d_log_between, i - 1), *f = &d_a[std::ptrdiff_t(i) * ld];
       const T *a = &factor[std::ptrdiff_t(i) * ld], *p = &products[std::ptrdiff_t(i) * ld];
       T sum = 0;
+#pragma GCC ivdep
       for (int s = 0; s < i; ++s) {
         sum += r[s] * p[s] * f[s];
         g[s] += a[s] * f[s];
@@ -1055,6 +1103,7 @@ class Task {
       whole_outer.assign(outer_size, 0);
       gemm<T>(c, H, V, d_projected.data(), K, 1, t.whole_outer.data(), H, d_z.data(), H);
       gemm<T>(V, H, c, d_projected.data(), 1, K, h, H, whole_outer.data(), H);
+#pragma GCC ivdep
       for (int i = 0; i < c * H; ++i) d_z[i] *= silu_slope(sig[i], h[i]);
       gemm<T>(H, K, c, d_z.data(), 1, H, x, K, whole_inner.data(), K);
       gemm<T>(c, K, H, d_z.data(), H, 1, t.whole_inner.data(), K, d_projected.data(), K, 1, true);
@@ -1088,6 +1137,7 @@ class Task {
   int H;  // hidden width of the memory in hand
   int n = 0, row = 0, head = 0;
   std::vector<std::ptrdiff_t> units;  // hidden units before each memory
+  std::vector<char> same;             // whether each memory's snapshot is the running memory itself
   bool even;                           // whether all memories are as wide
   std::vector<T> local[6];
   std::ptrdiff_t inner_size, outer_size;
