@@ -22,18 +22,12 @@ ALL = f"{HOPE},titans,gated_delta_net,delta_net,linear_attention,attention"
 SIZE = "--dim 256 --depth 4 --heads 4 --threads 2"
 
 # The goals are a ratio of time to a Transformer at a length, flat cost, and memory: see README.md beside this file.
-NARROW_ONE = "self_modifying_titans:projection_hidden=16"
-NARROW = f"{NARROW_ONE},{NARROW_ONE}:momentum=true"
-WIDTHS = f"self_modifying_titans,{NARROW_ONE}"
 FIGURES = {
     "train": f"train --mixers {HOPE} --lengths 512,2048,4096,8192 --batch 4 {SIZE} --alternations 5",
-    "train_narrow": f"train --mixers {NARROW} --lengths 512,2048,4096,8192 --batch 4 {SIZE} --alternations 5",
-    "train_widths": f"train --mixers {WIDTHS} --lengths 512,2048 --batch 4 {SIZE} --alternations 5",
     "train_batch_1": f"train --mixers {HOPE} --lengths 2048,32768 --batch 1 {SIZE} --alternations 5",
     "train_mixers": f"train --mixers {ALL} --lengths 512,2048 --batch 4 {SIZE} --alternations 5",
     "prefill": f"prefill --mixers {HOPE} --lengths 512,2048,8192,32768 --batch 1 {SIZE} --alternations 5",
     "decode": f"decode --mixers {HOPE} --lengths 100,2048,8192,32768,100000 --batch 1,8 {SIZE} --alternations 5",
-    "decode_narrow": f"decode --mixers {NARROW_ONE} --lengths 100,2048,8192,100000 --batch 1 {SIZE} --alternations 5",
     "optimizer": "optimizer --dims 128,256,512 --depth 4 --heads 4 --threads 2 --alternations 9",
 }
 

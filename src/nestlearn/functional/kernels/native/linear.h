@@ -159,7 +159,7 @@ inline T dot(int n, const T* a, const T* b) {
 }
 
 template <typename T>
-inline void axpy(int n, T alpha, const T* x, T* y) {
+inline void axpy(int n, T alpha, const T* __restrict x, T* __restrict y) {
   for (int i = 0; i < n; ++i) y[i] += alpha * x[i];
 }
 

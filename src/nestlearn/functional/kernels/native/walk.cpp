@@ -47,9 +47,15 @@ struct Tiles {
   std::vector<T> s, s_values;  // sigmoid of the hidden layer's input, for keys and values
   std::vector<T> h, difference, error, back, image, inner, outer, inner_values, outer_values;
   std::vector<T> products, factor;  // of the outer map, (c x ld)
-  std::vector<T> whole_inner, whole_outer, inner_t, outer_t, change_inner_t, change_outer_t, h_t;
+  std::vector<T> change_inner_t, change_outer_t, h_t;
   std::vector<T> error_square, image_square, h_square, inner_coefficient, outer_coefficient, on_error, on_image;
   std::vector<Strength<T>> strengths;
+};
+
+// A memory at its snapshot with the part that does not change, and its maps transposed.
+template <typename T>
+struct Whole {
+  std::vector<T> inner, outer, inner_t, outer_t;
 };
 
 template <typename T>
@@ -84,8 +90,15 @@ class Task {
       v->assign(std::ptrdiff_t(c) * V, 0);
     for (auto* v : {&t.products, &t.factor, &d_factor, &pairs, &inner_attention, &outer_attention, &weighted, &inside})
       v->assign(std::ptrdiff_t(c + 1) * pad, 0);
-    for (auto* v : {&t.whole_inner, &t.inner_t, &t.change_inner_t}) v->assign(inner_size, 0);
-    for (auto* v : {&t.whole_outer, &t.outer_t, &t.change_outer_t}) v->assign(outer_size, 0);
+    wholes.resize(M);
+    for (int m = 0; m < M; ++m) {
+      use(m);
+      for (auto* v : {&wholes[m].inner, &wholes[m].inner_t}) v->assign(inner_size, 0);
+      for (auto* v : {&wholes[m].outer, &wholes[m].outer_t}) v->assign(outer_size, 0);
+    }
+    H = w.hidden;
+    t.change_inner_t.assign(std::ptrdiff_t(H) * K, 0);
+    t.change_outer_t.assign(std::ptrdiff_t(V) * H, 0);
     t.h_t.assign(std::ptrdiff_t(H) * pad, 0);
     wide_t.assign(std::ptrdiff_t(widest) * std::max(pad, widest), 0);
     wide.assign(std::ptrdiff_t(c) * widest, 0);
@@ -240,6 +253,7 @@ class Task {
   std::ptrdiff_t total(int kind) const { return at(kind, M); }
   void use(int m) {
     H = w.widths[m];
+    whole = &wholes[m];
     inner_size = std::ptrdiff_t(H) * K;
     outer_size = std::ptrdiff_t(V) * H;
   }
@@ -359,19 +373,19 @@ class Task {
   }
 
   // The memory at the snapshot, with the part that does not change.
-  void whole(int m, const T* snap_inner, const T* snap_outer) {
+  void make_whole(int m, const T* snap_inner, const T* snap_outer) {
     if (w.to_initial) {
       const T *b = base(false, m), *o = base(true, m);
 #pragma GCC ivdep
-      for (std::ptrdiff_t i = 0; i < inner_size; ++i) t.whole_inner[i] = snap_inner[i] + b[i];
+      for (std::ptrdiff_t i = 0; i < inner_size; ++i) whole->inner[i] = snap_inner[i] + b[i];
 #pragma GCC ivdep
-      for (std::ptrdiff_t i = 0; i < outer_size; ++i) t.whole_outer[i] = snap_outer[i] + o[i];
+      for (std::ptrdiff_t i = 0; i < outer_size; ++i) whole->outer[i] = snap_outer[i] + o[i];
     } else {
-      copy(snap_inner, t.whole_inner.data(), inner_size);
-      copy(snap_outer, t.whole_outer.data(), outer_size);
+      copy(snap_inner, whole->inner.data(), inner_size);
+      copy(snap_outer, whole->outer.data(), outer_size);
     }
-    turned(H, K, t.whole_inner.data(), t.inner_t);
-    turned(V, H, t.whole_outer.data(), t.outer_t);
+    turned(H, K, whole->inner.data(), whole->inner_t);
+    turned(V, H, whole->outer.data(), whole->outer_t);
   }
 
   // For fewer rows than this, rows of the factor are read as they lie, and no transposed copy is made.
@@ -408,14 +422,14 @@ class Task {
     if (P) {
       for (int p = 0; p < P; ++p) {
         use(p);
-        whole(p, snap_inner + at(0, p), snap_outer + at(1, p));
+        make_whole(p, snap_inner + at(0, p), snap_outer + at(1, p));
         const T* x = stream(projection_stream(p));
         T *sig = projected_s.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
         T* y = projected.data() + std::ptrdiff_t(p) * c * K;
-        times(x, K, t.whole_inner.data(), t.inner_t.data(), H, sig);
+        times(x, K, whole->inner.data(), whole->inner_t.data(), H, sig);
         activate(c * H, sig, h);
         copy(x, y, std::ptrdiff_t(c) * K);
-        times(h, H, t.whole_outer.data(), t.outer_t.data(), K, y, 1, true);
+        times(h, H, whole->outer.data(), whole->outer_t.data(), K, y, 1, true);
       }
       normalize(projected.data(), keys, key_norm);
       normalize(projected.data() + std::ptrdiff_t(c) * K, values, value_norm);
@@ -485,11 +499,11 @@ class Task {
   // ---- what a chunk writes into one memory (Eq. 84-90) ----
   void write(int m, const T* run_inner, const T* run_outer, const T* snap_inner, const T* snap_outer,
              const T* momentum_inner, const T* momentum_outer) {
-    whole(m, snap_inner, snap_outer);
-    times(keys.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.s.data());
+    if (m >= P) make_whole(m, snap_inner, snap_outer);
+    times(keys.data(), K, whole->inner.data(), whole->inner_t.data(), H, t.s.data());
     activate(c * H, t.s.data(), t.h.data());
     if (w.own_targets) {
-      times(values.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.s_values.data());
+      times(values.data(), K, whole->inner.data(), whole->inner_t.data(), H, t.s_values.data());
       activate(c * H, t.s_values.data(), t.difference.data());
 #pragma GCC ivdep
       for (int i = 0; i < c * H; ++i) t.difference[i] = t.h[i] - t.difference[i];
@@ -499,8 +513,8 @@ class Task {
     const bool residual = has_residual(m);
 #pragma GCC ivdep
     for (int i = 0; i < c * V; ++i) t.error[i] = residual ? keys[i] - values[i] : -values[i];
-    times(t.difference.data(), H, t.whole_outer.data(), t.outer_t.data(), V, t.error.data(), 1, true);
-    gemm<T>(c, H, V, t.error.data(), V, 1, t.whole_outer.data(), H, t.back.data(), H);
+    times(t.difference.data(), H, whole->outer.data(), whole->outer_t.data(), V, t.error.data(), 1, true);
+    gemm<T>(c, H, V, t.error.data(), V, 1, whole->outer.data(), H, t.back.data(), H);
 #pragma GCC ivdep
     for (int i = 0; i < c * H; ++i) t.image[i] = t.back[i] * silu_slope(t.s[i], t.h[i]);
     const T scale = T(w.scales[m]), square = T(w.bound * w.bound);
@@ -619,9 +633,9 @@ class Task {
   void read_main(const T* run_inner, const T* run_outer, const T* momentum_inner, const T* momentum_outer, bool output) {
     const int m = M - 1;
     if (w.read == 2) {
-      times(queries.data(), K, t.whole_inner.data(), t.inner_t.data(), H, read_s.data());
+      times(queries.data(), K, whole->inner.data(), whole->inner_t.data(), H, read_s.data());
       activate(c * H, read_s.data(), features.data());
-      if (output) times(features.data(), H, t.whole_outer.data(), t.outer_t.data(), V, read_out.data());
+      if (output) times(features.data(), H, whole->outer.data(), whole->outer_t.data(), V, read_out.data());
     } else {
       read(queries.data(), K, H, inner_attention, run_inner, t.change_inner_t.data(), momentum_inner, t.inner, inner_erased,
            base(false, m), read_s);
@@ -765,23 +779,27 @@ class Task {
     const T* momentum_inner = momentum[0] ? momentum[0] + at_inner : nullptr;
     const T* momentum_outer = momentum[1] ? momentum[1] + at_outer : nullptr;
     std::fill(d_h.begin(), d_h.end(), T(0));
-    // Gradients of the memory before the chunk gather in `before_*`, those of the whole memory in `whole_*`.
-    before_inner.assign(inner_size, 0);
-    before_outer.assign(outer_size, 0);
-    whole_inner.assign(inner_size, 0);
-    whole_outer.assign(outer_size, 0);
+    // Gradients of the whole memory gather in `whole_*`, those of the memory before the chunk in place of those of the
+    // memory after it, or in `before_*` where a read adds to them while those are still needed.
+    const bool was_read = main && w.read != 2, chunk_read = main && w.read == 2;
+    whole_inner.resize(inner_size);
+    whole_outer.resize(outer_size);
+    if (was_read) {
+      before_inner.assign(inner_size, 0);
+      before_outer.assign(outer_size, 0);
+    }
     momentum_before_inner.assign(w.has_momentum ? inner_size : 0, 0);
     momentum_before_outer.assign(w.has_momentum ? outer_size : 0, 0);
     if (main) main_backward(run, momentum_inner, momentum_outer, base_inner, base_outer);
 
     write_backward(t.h.data(), H, V, t.outer_values, run[1] + at_outer, snap[1] + at_outer, momentum_outer, t.strengths,
                    t.products, t.factor, t.outer, outer_erased, d[1] + at_outer, d[5] ? d[5] + at_outer : nullptr,
-                   main && w.read != 2, d_outer, d_outer_erased, d_h, d_outer_values, d_outer_erase, d_factor,
+                   was_read, d_outer, d_outer_erased, d_h, d_outer_values, d_outer_erase, d_factor,
                    before_outer, momentum_before_outer, d[3] + at_outer);
     factor_backward(t.h.data(), H, t.strengths, t.products, t.factor, d_factor, d_h, d_outer_erase);
     write_backward(keys.data(), K, H, t.inner_values, run[0] + at_inner, snap[0] + at_inner, momentum_inner,
                    inner_strengths, inner_products, inner_factor, t.inner, inner_erased, d[0] + at_inner,
-                   d[4] ? d[4] + at_inner : nullptr, main && w.read != 2, d_inner, d_inner_erased, d_keys,
+                   d[4] ? d[4] + at_inner : nullptr, was_read, d_inner, d_inner_erased, d_keys,
                    d_inner_values, d_inner_erase_one, d_inner_factor, before_inner, momentum_before_inner,
                    d[2] + at_inner);
     for (int i = 0; i < c; ++i) d_inner_erase[i] += d_inner_erase_one[i];
@@ -831,19 +849,19 @@ class Task {
       d_z[i] = d_image[i] * t.back[i] * curvature;
       d_image[i] *= s + h * rest;  // now the gradient of the error through W1
     }
-    gemm<T>(V, H, c, t.error.data(), 1, V, d_image.data(), H, whole_outer.data(), H, 1, true);
-    times(d_image.data(), H, t.whole_outer.data(), t.outer_t.data(), V, d_error.data(), 1, true);
-    gemm<T>(c, H, V, d_error.data(), V, 1, t.whole_outer.data(), H, d_difference.data(), H);
+    gemm<T>(V, H, c, t.error.data(), 1, V, d_image.data(), H, whole_outer.data(), H, 1, chunk_read);
+    times(d_image.data(), H, whole->outer.data(), whole->outer_t.data(), V, d_error.data(), 1, true);
+    gemm<T>(c, H, V, d_error.data(), V, 1, whole->outer.data(), H, d_difference.data(), H);
     gemm<T>(V, H, c, d_error.data(), 1, V, t.difference.data(), H, whole_outer.data(), H, 1, true);
 #pragma GCC ivdep
     for (int i = 0; i < c * H; ++i) d_z[i] += (d_h[i] + d_difference[i]) * silu_slope(t.s[i], t.h[i]);
-    gemm<T>(c, K, H, d_z.data(), H, 1, t.whole_inner.data(), K, d_keys.data(), K, 1, true);
-    gemm<T>(H, K, c, d_z.data(), 1, H, keys.data(), K, whole_inner.data(), K, 1, true);
+    gemm<T>(c, K, H, d_z.data(), H, 1, whole->inner.data(), K, d_keys.data(), K, 1, true);
+    gemm<T>(H, K, c, d_z.data(), 1, H, keys.data(), K, whole_inner.data(), K, 1, chunk_read);
     if (w.own_targets) {
 #pragma GCC ivdep
       for (int i = 0; i < c * H; ++i)
         d_z_values[i] = -d_difference[i] * silu_slope(t.s_values[i], t.h[i] - t.difference[i]);
-      gemm<T>(c, K, H, d_z_values.data(), H, 1, t.whole_inner.data(), K, d_values.data(), K, 1, true);
+      gemm<T>(c, K, H, d_z_values.data(), H, 1, whole->inner.data(), K, d_values.data(), K, 1, true);
       gemm<T>(H, K, c, d_z_values.data(), 1, H, values.data(), K, whole_inner.data(), K, 1, true);
     }
     const bool residual = has_residual(m);
@@ -853,8 +871,10 @@ class Task {
       d_values[i] -= d_error[i];
     }
     // To the memory before, to the snapshot and to what does not change.
-    copy(before_inner.data(), d[0] + at_inner, inner_size);
-    copy(before_outer.data(), d[1] + at_outer, outer_size);
+    if (was_read) {
+      copy(before_inner.data(), d[0] + at_inner, inner_size);
+      copy(before_outer.data(), d[1] + at_outer, outer_size);
+    }
     if (w.has_momentum) {
       copy(momentum_before_inner.data(), d[4] + at_inner, inner_size);
       copy(momentum_before_outer.data(), d[5] + at_outer, outer_size);
@@ -863,11 +883,16 @@ class Task {
   }
 
   void through_whole(int m, const std::vector<T>& inner, const std::vector<T>& outer, T** d) {
-    axpy(int(inner_size), T(1), inner.data(), d[2] + at(0, m));
-    axpy(int(outer_size), T(1), outer.data(), d[3] + at(1, m));
-    if (!w.to_initial) return;
-    axpy(int(inner_size), T(1), inner.data(), d_base(false, m));
-    axpy(int(outer_size), T(1), outer.data(), d_base(true, m));
+    for (int i = 0; i < 2; ++i) {
+      const T* __restrict from = i ? outer.data() : inner.data();
+      T *__restrict snapshot = d[2 + i] + at(i, m), *__restrict initial = w.to_initial ? d_base(i, m) : nullptr;
+      const std::ptrdiff_t size = i ? outer_size : inner_size;
+      if (!initial) {
+        axpy(int(size), T(1), from, snapshot);
+        continue;
+      }
+      for (std::ptrdiff_t j = 0; j < size; ++j) snapshot[j] += from[j], initial[j] += from[j];
+    }
   }
 
   void main_backward(const T* const* run, const T* momentum_inner, const T* momentum_outer, T* base_inner,
@@ -876,12 +901,12 @@ class Task {
     const T* d_out = outputs(w.d_out);
     read_main(run[0] + at(0, m), run[1] + at(1, m), momentum_inner, momentum_outer, false);
     if (w.read == 2) {
-      gemm<T>(c, H, V, d_out, V, 1, t.whole_outer.data(), H, scratch_h.data(), H);
-      gemm<T>(V, H, c, d_out, 1, V, features.data(), H, whole_outer.data(), H, 1, true);
+      gemm<T>(c, H, V, d_out, V, 1, whole->outer.data(), H, scratch_h.data(), H);
+      gemm<T>(V, H, c, d_out, 1, V, features.data(), H, whole_outer.data(), H);
 #pragma GCC ivdep
       for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
-      gemm<T>(c, K, H, scratch_h.data(), H, 1, t.whole_inner.data(), K, d_queries.data(), K);
-      gemm<T>(H, K, c, scratch_h.data(), 1, H, queries.data(), K, whole_inner.data(), K, 1, true);
+      gemm<T>(c, K, H, scratch_h.data(), H, 1, whole->inner.data(), K, d_queries.data(), K);
+      gemm<T>(H, K, c, scratch_h.data(), 1, H, queries.data(), K, whole_inner.data(), K);
     } else {
       read_backward(d_out, features.data(), H, V, outer_attention, run[1] + at(1, m), momentum_outer, t.outer,
                     outer_erased, base(true, m), t.h.data(), scratch_h.data(), d_outer.data(), d_outer_erased.data(),
@@ -900,24 +925,22 @@ class Task {
   void write_backward(const T* x, int width, int columns, const std::vector<T>& given, const T* memory,
                       const T* reference, const T* momentum, const std::vector<Strength<T>>& e,
                       const std::vector<T>& products, const std::vector<T>& factor, const std::vector<T>& writes,
-                      const std::vector<T>& erased, const T* d_memory, const T* d_momentum, bool was_read,
+                      const std::vector<T>& erased, T* d_memory, const T* d_momentum, bool was_read,
                       std::vector<T>& d_writes, std::vector<T>& d_erased, std::vector<T>& d_x, std::vector<T>& d_given,
-                      std::vector<T>& d_erase, std::vector<T>& d_factor_total, std::vector<T>& before,
+                      std::vector<T>& d_erase, std::vector<T>& d_factor_total, std::vector<T>& before_read,
                       std::vector<T>& momentum_before, T* d_reference) {
     const bool shared = &d_factor_total == &d_inner_factor;
     const T *last = decays.write_row(w.has_momentum, c - 1), *last_retain = decays.row(decays.retain_between, c - 1);
-    if (!was_read) {
-      std::fill(d_writes.begin(), d_writes.begin() + std::ptrdiff_t(c) * columns, T(0));
-      if (momentum) std::fill(d_erased.begin(), d_erased.begin() + std::ptrdiff_t(c) * columns, T(0));
-    }
+    if (!was_read && momentum) std::fill(d_erased.begin(), d_erased.begin() + std::ptrdiff_t(c) * columns, T(0));
     d_erase.assign(w.chunk, 0);
     // M' = g M + (last * writes + last_retain * erased)^T x + c S
     const std::ptrdiff_t size = std::ptrdiff_t(columns) * width;
     turned(columns, width, d_memory, wide_t);
-    times(x, width, d_memory, wide_t.data(), columns, wide2.data());
-    for (int i = 0; i < c; ++i) {
-      axpy(columns, last[i], &wide2[i * columns], &d_writes[i * columns]);
-      if (momentum) axpy(columns, last_retain[i], &wide2[i * columns], &d_erased[i * columns]);
+    scaled(x, width, [&](int i) { return last[i]; });
+    times(wide.data(), width, d_memory, wide_t.data(), columns, d_writes.data(), 1, was_read);
+    if (momentum) {
+      scaled(x, width, [&](int i) { return last_retain[i]; });
+      times(wide.data(), width, d_memory, wide_t.data(), columns, d_erased.data(), 1, true);
     }
     gemm<T>(c, width, columns, writes.data(), columns, 1, d_memory, width, wide.data(), width);
     for (int i = 0; i < c; ++i) {
@@ -930,7 +953,6 @@ class Task {
     }
     const T kept = decays.kept[c - 1];
     decays.d_log_kept[c - 1] += kept * dot(int(size), d_memory, memory);
-    axpy(int(size), kept, d_memory, before.data());
     if (momentum) {
       gemm<T>(c, width, columns, erased.data(), columns, 1, d_memory, width, wide.data(), width);
       for (int i = 0; i < c; ++i) {
@@ -952,6 +974,11 @@ class Task {
       axpy(int(size), decays.momentum_kept[c - 1], d_momentum, momentum_before.data());
       decays.d_momentum_carried += dot(int(size), d_momentum, momentum);
     }
+    T* before = was_read ? before_read.data() : d_memory;
+    if (was_read)
+      axpy(int(size), kept, d_memory, before);
+    else
+      for (std::ptrdiff_t i = 0; i < size; ++i) before[i] *= kept;
     if (!rule.erases) {
       copy(d_writes.data(), d_given.data(), std::ptrdiff_t(c) * columns);
       if (!shared) std::fill(d_factor_total.begin(), d_factor_total.end(), T(0));
@@ -972,7 +999,7 @@ class Task {
       axpy(width, -e[i].erase * kept_before, &wide[i * width], &d_x[i * width]);
     }
     scaled_into(right.data(), columns, wide2, [&](int i) { return -e[i].erase * decays.kept_before(i); });
-    gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, before.data(), width, 1, true);
+    gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, before, width, 1, true);
     if (w.rule == 2) {
       gemm<T>(c, width, columns, right.data(), columns, 1, reference, width, wide.data(), width);
       for (int i = 0; i < c; ++i) {
@@ -1096,17 +1123,16 @@ class Task {
       }
       if (p == 3 && w.has_retain) readout_backward(d_retain, y, 2);
       if (w.d_made && (p == 2 || p == 3)) axpy(c * K, T(1), made(w.d_made, p + 1), d_projected.data());
-      whole(p, snap[0] + at(0, p), snap[1] + at(1, p));
       const T* x = stream(projection_stream(p));
       const T *sig = projected_s.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
-      whole_inner.assign(inner_size, 0);
-      whole_outer.assign(outer_size, 0);
-      gemm<T>(c, H, V, d_projected.data(), K, 1, t.whole_outer.data(), H, d_z.data(), H);
+      whole_inner.resize(inner_size);
+      whole_outer.resize(outer_size);
+      gemm<T>(c, H, V, d_projected.data(), K, 1, whole->outer.data(), H, d_z.data(), H);
       gemm<T>(V, H, c, d_projected.data(), 1, K, h, H, whole_outer.data(), H);
 #pragma GCC ivdep
       for (int i = 0; i < c * H; ++i) d_z[i] *= silu_slope(sig[i], h[i]);
       gemm<T>(H, K, c, d_z.data(), 1, H, x, K, whole_inner.data(), K);
-      gemm<T>(c, K, H, d_z.data(), H, 1, t.whole_inner.data(), K, d_projected.data(), K, 1, true);
+      gemm<T>(c, K, H, d_z.data(), H, 1, whole->inner.data(), K, d_projected.data(), K, 1, true);
       T* to = d_stream(projection_stream(p));
       if (p == 3)
         axpy(c * K, T(1), d_projected.data(), to);
@@ -1145,6 +1171,8 @@ class Task {
   int start = 0, c = 0, ld = 0;
   Decays<T> decays;
   Tiles<T> t;
+  std::vector<Whole<T>> wholes;
+  Whole<T>* whole;  // of the memory in hand
   std::vector<Strength<T>> inner_strengths;
   std::vector<T> keys, values, queries, keys_t, key_norm, value_norm, query_norm, key_square;
   std::vector<T> gate_logit, retain_logit, momentum_logit;
