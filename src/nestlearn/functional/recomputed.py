@@ -40,13 +40,16 @@ __all__ = [
 
 def recomputable(*tensors: Tensor) -> bool:
     """Whether these forms may take such tensors, and are worth it for the first of them."""
-    first = tensors[0]
+    return (torch.is_grad_enabled() or tensors[0].numel() > SMALL) and _known(*tensors)
+
+
+def _known(*tensors: Tensor) -> bool:
+    dtype = tensors[0].dtype
     return (
-        (torch.is_grad_enabled() or first.numel() > SMALL)
-        and not torch.compiler.is_compiling()
-        and first.dtype in (torch.float32, torch.float64)
+        not torch.compiler.is_compiling()
+        and dtype in (torch.float32, torch.float64)
         and all(
-            type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == first.dtype and t.numel()
+            type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == dtype and t.numel()
             for t in tensors
         )
         and not torch.is_autocast_enabled("cpu")
@@ -189,7 +192,7 @@ class _GatedOutput(torch.autograd.Function):
 
 def heads_available(x: Tensor, weight: Tensor) -> bool:
     """Whether `convolved_heads` may take such tensors here."""
-    return recomputable(x, weight) and elementwise.available()
+    return _known(x, weight) and elementwise.available()
 
 
 def convolved_heads(x: Tensor, weight: Tensor, streams: int, heads: int) -> Tensor:
