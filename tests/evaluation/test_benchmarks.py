@@ -47,7 +47,7 @@ def test_every_mixer_is_equal_to_reading_token_by_token(mixer: str) -> None:
 @pytest.mark.parametrize("settings", [{"projection_chunk_size": 16}, {"projection_chunk_size": 256}])
 def test_settings_are_kept_in_the_small_model(settings: dict[str, Any]) -> None:
     assert check_equality(HopeConfig(momentum=True, **settings), "decode") < 1e-9
-    assert check_equality(HopeConfig(projection_hidden=16), "decode") < 1e-9
+    assert check_equality(HopeConfig(gate_hidden_ratio=0.5), "decode") < 1e-9
 
 
 @pytest.mark.parametrize("kind", KINDS)

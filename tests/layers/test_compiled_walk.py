@@ -32,7 +32,7 @@ OPTIONS: dict[str, list[Any]] = {
     "write_bound": [None, 4.0],
     "projection_chunk_size": [2, 8],
     "memory_hidden": [6, 17],
-    "projection_hidden": [1, 3],
+    "gate_hidden_ratio": [0.25, 0.6],
     "detach_every": [2],
 }
 SINGLE: list[dict[str, Any]] = [{name: value} for name, values in OPTIONS.items() for value in values]

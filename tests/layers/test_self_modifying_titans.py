@@ -25,8 +25,7 @@ def build(seed: int = 0, dim: int = 8, **settings: Any) -> SelfModifyingTitans:
     All memories are as wide, so that a state may be random everywhere; narrower ones have a test of their own.
     """
     torch.manual_seed(seed)
-    wide = {"projection_hidden": settings.get("memory_hidden", dim // 2)}
-    layer = SelfModifyingTitans(dim, 2, **{"write_scale": 0.6, **wide, **settings}).double()
+    layer = SelfModifyingTitans(dim, 2, **{"write_scale": 0.6, "gate_hidden_ratio": 1.0, **settings}).double()
     with torch.no_grad():
         for name, parameter in layer.memory.named_parameters():
             if name.endswith("outer"):
@@ -154,7 +153,7 @@ def test_narrow_memories_equal_the_specification(backend: str, rule: str, moment
         adaptive_query=adaptive_query,
         backend=backend,
         memory_hidden=5,
-        projection_hidden=2,
+        gate_hidden_ratio=0.4,
         chunk_size=4,
         projection_chunk_size=2,
     )

@@ -19,8 +19,7 @@ SIZES = {"global_chunk_size": 6, "local_chunk_sizes": (2, 4), "shard_length": 8}
 def build(seed: int = 0, **settings: Any) -> TNT:
     """A layer in float64 with nothing at its initial value."""
     torch.manual_seed(seed)
-    wide = {"projection_hidden": settings.get("memory_hidden", 4)}
-    layer = TNT(8, 2, **{**SIZES, "write_scale": 0.6, **wide, **settings}).double()
+    layer = TNT(8, 2, **{**SIZES, "write_scale": 0.6, "gate_hidden_ratio": 1.0, **settings}).double()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if name.endswith(("outer", "_bias", "convolution.weight")):

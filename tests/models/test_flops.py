@@ -33,8 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {mixer: {"mixer": mixer} for mixer in get_ar
 def build(name: str) -> HopeLM:
     """In operations that can be counted, in which the padding of narrow memories would count too: so none is narrow."""
     settings = {**SIZE, **MODELS[name]}
-    wide = settings.get("memory_hidden") or settings["dim"] // settings["heads"]
-    return HopeLM(HopeConfig(**{**settings, "projection_hidden": wide, "backend": "torch"}))
+    return HopeLM(HopeConfig(**{**settings, "gate_hidden_ratio": 1.0, "backend": "torch"}))
 
 
 def solve_flops(factor: tuple[int, ...], right: tuple[int, ...], *_: object, **__: object) -> int:

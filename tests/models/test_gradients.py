@@ -34,7 +34,7 @@ def build(*, random_outer: bool, **settings: Any) -> HopeLM:
         "depth": 2,
         "heads": 2,
         "chunk_size": 4,
-        "projection_hidden": 8,
+        "gate_hidden_ratio": 1.0,
     }
     model = HopeLM(HopeConfig(**{**tiny, **settings})).double()
     if random_outer:

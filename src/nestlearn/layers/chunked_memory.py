@@ -210,6 +210,17 @@ def check_scales(write_scale: float | None, projection_write_scale: float | None
             raise ValueError(f"{name}: expected a positive fraction of the error, got {value}")
 
 
+def gate_hidden(hidden: int, ratio: float) -> int:
+    """Hidden width of the memories for rate and retention, a part of the others' `hidden`, at least 1.
+
+    Raises:
+        ValueError: if it is no part of it.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"gate_hidden_ratio: expected a number above 0 and at most 1, got {ratio}")
+    return max(1, round(ratio * hidden))
+
+
 def check_choice(name: str, value: str, choices: object) -> None:
     """Refuses a value that is none of a Literal's.
 
@@ -416,6 +427,7 @@ class ChunkedMemory(nn.Module):
             inner_rule=self.inner_rule,
             read=self.read,
             hidden=self.memory.hidden,
+            narrow=self.memory.narrow,
             scales=(*[scales.projections] * (len(self.memory.hidden) - 1), scales.main),
             bound=self.write_bound,
             to_initial=self.retain_to == "initial",

@@ -37,6 +37,7 @@ class WalkPlan:
     Attributes:
         segments: of the timeline, in order, at least one.
         hidden: width of each memory's hidden layer; narrower ones are padded with zeros to the widest.
+        narrow: (first, stop) of the memories whose initial weights lie apart, as `MLPMemory.narrow`.
         scales: the fraction of its error that each memory writes.
         bound: of written errors, or None.
         own_targets: whether memory i's target is its own M_i(v) (Eq. 84), or v itself (Titans).
@@ -50,6 +51,7 @@ class WalkPlan:
     inner_rule: InnerRule
     read: str
     hidden: tuple[int, ...]
+    narrow: tuple[int, int]
     scales: tuple[float, ...]
     bound: float | None
     largest_gate: float
@@ -203,7 +205,7 @@ class _CompiledWalk(torch.autograd.Function):
         walk.d_logits = None if d_logits is None else d_logits.data_ptr()
         _point(walk.d_readouts, d_readouts)
         _point(walk.d_base, d_base[:2])
-        _point(walk.d_base_projections, d_base[2:])
+        _point(walk.d_base_narrow, d_base[2:])
         _point(walk.d_state, d_state)
         run_walk(walk, backward=True)
         del alive
@@ -233,6 +235,8 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
         heads=heads,
         memories=memories,
         projections=memories - 1,
+        narrow_first=plan.narrow[0],
+        narrow_stop=plan.narrow[1],
         key=streams.shape[-1],
         hidden=max(plan.hidden),
         value=base_outer.shape[-2],
@@ -265,7 +269,7 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
     )
     _point(walk.readouts, tensors[READOUTS])
     _point(walk.base, tensors[BASE][:2])
-    _point(walk.base_projections, tensors[BASE][2:])
+    _point(walk.base_narrow, tensors[BASE][2:])
     _point(walk.state, tensors[STATES])
     alive: list[object] = [scales, widths, starts, stops, reset, completes, active]
     return walk, alive

@@ -22,6 +22,7 @@ from nestlearn.layers.chunked_memory import (
     base_weights,
     check_choice,
     decode_main,
+    gate_hidden,
     read_main,
     spread_retention,
     token_gates,
@@ -73,8 +74,8 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         projection_write_scale: the same for the other memories.
         write_bound: largest norm of a written error, and of its image at the inner map; None for no bound.
         memory_hidden: hidden width of the memories; None for the head's width.
-        projection_hidden: the same of the projections' memories, at most that; None for memory_hidden. A
-            quarter of it trains a third faster and learns a little less (decision 26).
+        gate_hidden_ratio: that of the memories for rate and retention, as a part of it: they hold one number a token
+            (decision 26).
         initial_gate: write gate s at initialisation, in (0, 1).
         conv_width: taps of the short convolutions.
         detach_every: cut the gradient through the writes every so many chunks, counted in each call; None never.
@@ -106,7 +107,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         projection_write_scale: float | None = None,
         write_bound: float | None = 4.0,
         memory_hidden: int | None = None,
-        projection_hidden: int | None = None,
+        gate_hidden_ratio: float = 0.25,
         initial_gate: float = 0.5,
         conv_width: int = 4,
         detach_every: int | None = None,
@@ -116,6 +117,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {initial_gate}")
         check_choice("inner_rule", inner_rule, InnerRule)
         head_dim = dim // heads
+        hidden = head_dim if memory_hidden is None else memory_hidden
         super().__init__(
             heads=heads,
             streams=Streams(dim, heads, streams=4, conv_width=conv_width),
@@ -123,8 +125,9 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
                 heads,
                 head_dim,
                 memories=6 if adaptive_query else 5,
-                hidden=memory_hidden,
-                projection_hidden=projection_hidden,
+                hidden=hidden,
+                narrow=(2, 4),
+                narrow_hidden=gate_hidden(hidden, gate_hidden_ratio),
             ),
             readout=GatedReadout(dim, heads, head_dim),
             inner_rule=inner_rule,

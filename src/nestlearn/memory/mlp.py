@@ -68,25 +68,26 @@ class MLPMemory(nn.Module):
     W1 starts at zero, so that a residual memory starts as the identity, and W2 at twice a random orthogonal matrix:
     near zero silu halves its input, so the hidden features of a unit key start with its norm and its angles.
 
-    Memories of projections may have a narrower hidden layer than the main one, the last. Their parameters are apart,
-    and `initial` pads them with zeros: a hidden unit whose weights are all zero reads nothing, is written nothing and
-    gets no gradient, so it stays as if it were not there.
+    A run of neighbours among them may have a narrower hidden layer. Their parameters are apart, and `initial` pads them
+    with zeros: a hidden unit whose weights are all zero reads nothing, is written nothing and gets no gradient, so it
+    stays as if it were not there.
 
     Args:
         heads: H.
         dim: K = V, the width of a head.
         memories: M.
         hidden: width of the hidden layer; None for `dim`.
-        projection_hidden: the same of all memories but the last, at most `hidden`; None for `hidden`.
+        narrow: (first, stop), which memories are narrow.
+        narrow_hidden: width of their hidden layer, at most `hidden`; None for `hidden`.
 
     Attributes:
         hidden: width of each memory's hidden layer, M numbers.
-        inner, outer: W2 (H, ., hidden, K) and W1 (H, ., V, hidden) of all memories, or only of the main one if the
-            others are narrower.
-        projection_inner, projection_outer: those of the narrower ones, or None.
+        narrow: (first, stop) of the memories whose parameters are apart; (0, 0) for none.
+        inner, outer: W2 (H, ., hidden, K) and W1 (H, ., V, hidden) of all other memories.
+        narrow_inner, narrow_outer: those of the narrow ones, or None.
 
     Raises:
-        ValueError: if projection_hidden is not between 1 and hidden.
+        ValueError: if narrow_hidden is not between 1 and hidden.
     """
 
     def __init__(
@@ -96,42 +97,48 @@ class MLPMemory(nn.Module):
         *,
         memories: int = 1,
         hidden: int | None = None,
-        projection_hidden: int | None = None,
+        narrow: tuple[int, int] = (0, 0),
+        narrow_hidden: int | None = None,
     ) -> None:
         super().__init__()
         hidden = dim if hidden is None else hidden
-        narrow = hidden if projection_hidden is None else projection_hidden
-        if not 1 <= narrow <= hidden:
+        narrow_hidden = hidden if narrow_hidden is None else narrow_hidden
+        if not 1 <= narrow_hidden <= hidden:
             raise ValueError(
-                f"projection_hidden: expected a width from 1 to that of the main memory, {hidden}; got {narrow}"
+                f"narrow_hidden: expected a width from 1 to that of the other memories, {hidden}; got {narrow_hidden}"
             )
-        self.hidden = (narrow,) * (memories - 1) + (hidden,)
-        apart = narrow < hidden and memories > 1
-        self.inner, self.outer = _initial_maps(heads, 1 if apart else memories, hidden, dim)
-        self.projection_inner: nn.Parameter | None = None
-        self.projection_outer: nn.Parameter | None = None
-        if apart:
-            self.projection_inner, self.projection_outer = _initial_maps(heads, memories - 1, narrow, dim)
+        self.narrow = narrow if narrow_hidden < hidden else (0, 0)
+        first, stop = self.narrow
+        self.hidden = tuple(narrow_hidden if first <= m < stop else hidden for m in range(memories))
+        self.inner, self.outer = _initial_maps(heads, memories - (stop - first), hidden, dim)
+        self.narrow_inner: nn.Parameter | None = None
+        self.narrow_outer: nn.Parameter | None = None
+        if first < stop:
+            self.narrow_inner, self.narrow_outer = _initial_maps(heads, stop - first, narrow_hidden, dim)
 
     @property
     def maps(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """inner, outer, projection_inner and projection_outer, at least fp32."""
+        """inner, outer, narrow_inner and narrow_outer, at least fp32."""
         dtype = torch.promote_types(self.inner.dtype, torch.float32)
-        if self.projection_inner is None or self.projection_outer is None:
+        if self.narrow_inner is None or self.narrow_outer is None:
             return self.inner.to(dtype), self.outer.to(dtype), None, None
-        apart = self.projection_inner.to(dtype), self.projection_outer.to(dtype)
+        apart = self.narrow_inner.to(dtype), self.narrow_outer.to(dtype)
         return self.inner.to(dtype), self.outer.to(dtype), *apart
 
     @property
     def initial(self) -> MLPWeights:
         """W2 (H, M, hidden, K) and W1 (H, M, V, hidden) at the start of a context, at least fp32."""
-        inner, outer, projection_inner, projection_outer = self.maps
-        if projection_inner is None or projection_outer is None:
+        inner, outer, narrow_inner, narrow_outer = self.maps
+        if narrow_inner is None or narrow_outer is None:
             return MLPWeights(inner, outer)
-        missing = self.hidden[-1] - self.hidden[0]
+        first = self.narrow[0]
+        missing = max(self.hidden) - self.hidden[first]
+        padded = F.pad(narrow_inner, (0, 0, 0, missing)), F.pad(narrow_outer, (0, missing))
         return MLPWeights(
-            torch.cat([F.pad(projection_inner, (0, 0, 0, missing)), inner], dim=1),
-            torch.cat([F.pad(projection_outer, (0, missing)), outer], dim=1),
+            *(
+                torch.cat([wide[:, :first], apart, wide[:, first:]], dim=1)
+                for wide, apart in zip((inner, outer), padded, strict=True)
+            )
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from nestlearn.layers.chunked_memory import Backend, Read, RetainTo, check_choice, check_scales
+from nestlearn.layers.chunked_memory import Backend, Read, RetainTo, check_choice, check_scales, gate_hidden
 from nestlearn.layers.tnt import check_shards
 from nestlearn.memory.continuum import Variant, check_periods
 from nestlearn.memory.mlp import InnerRule
@@ -42,6 +42,7 @@ PAPER: dict[str, Any] = {
     "write_scale": 1.0,
     "projection_write_scale": 1.0,
     "write_bound": None,
+    "gate_hidden_ratio": 1.0,
 }
 
 
@@ -66,7 +67,7 @@ class HopeConfig:
         global_chunk_size, local_chunk_sizes, shard_length: of the mixer "tnt", in place of the two above; see
             `nestlearn.layers.TNT`.
         inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, residual_memory,
-        write_scale, projection_write_scale, write_bound, memory_hidden, projection_hidden, initial_gate, detach_every,
+        write_scale, projection_write_scale, write_bound, memory_hidden, gate_hidden_ratio, initial_gate, detach_every,
         backend: see `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans read, retain_to, write_bound,
             memory_hidden, initial_gate, detach_every and backend.
 
@@ -101,7 +102,7 @@ class HopeConfig:
     projection_write_scale: float | None = None
     write_bound: float | None = 4.0
     memory_hidden: int | None = None
-    projection_hidden: int | None = None
+    gate_hidden_ratio: float = 0.25
     initial_gate: float = 0.5
     detach_every: int | None = None
     backend: Backend = "auto"
@@ -127,7 +128,7 @@ class HopeConfig:
                 f"rotary positions need an even head width, got dim {self.dim} / heads {self.heads} = "
                 f"{self.dim // self.heads}; choose heads so that dim / heads is even"
             )
-        for name in ("projection_chunk_size", "memory_hidden", "projection_hidden", "detach_every"):
+        for name in ("projection_chunk_size", "memory_hidden", "detach_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: expected a whole number of at least 1, or None; got {value!r}")
@@ -151,12 +152,7 @@ class HopeConfig:
                 f"{projection}; for example {self.chunk_size} and {max(1, self.chunk_size // 4)}"
             )
         check_shards(self.global_chunk_size, self.local_chunk_sizes, self.shard_length)
-        hidden = self.dim // self.heads if self.memory_hidden is None else self.memory_hidden
-        if self.projection_hidden is not None and self.projection_hidden > hidden:
-            raise ValueError(
-                f"projection_hidden: expected at most the hidden width of the main memory, {hidden}, got "
-                f"{self.projection_hidden}; raise memory_hidden to {self.projection_hidden}, or lower projection_hidden"
-            )
+        gate_hidden(self.memory_hidden or self.dim // self.heads, self.gate_hidden_ratio)
         if not 0 < self.initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")
         check_scales(self.write_scale, self.projection_write_scale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from nestlearn.layers.chunked_memory import gate_hidden
 from nestlearn.layers.tnt import segment_size
 from nestlearn.models.config import HopeConfig
 
@@ -80,9 +81,9 @@ def _mlp_memories(config: HopeConfig, chunk: int, tokens: int, *, memories: int 
     erasing, momentum = config.inner_rule != "gd", config.momentum
     across = 2.0 * width * hidden  # a product with one of a memory's two maps
     within, within_hidden = 2.0 * length * width, 2.0 * length * hidden  # products with a segment
-    narrow = config.projection_hidden or hidden
-    # Widths of all hidden layers together, in units of the main memory's.
-    maps = 1 + (memories - 1) * narrow / hidden
+    # Widths of all hidden layers together, in units of the main memory's; two of several make gates.
+    narrow = gate_hidden(hidden, config.gate_hidden_ratio) / hidden
+    maps = memories if memories == 1 else memories - 2 + 2 * narrow
     both = maps * within_hidden + memories * within  # a square matrix of the segment times the writes of both maps
 
     count = 2 * (maps - 1) * across  # the projections are read

@@ -40,7 +40,7 @@ OF_MEMORIES = (
     "residual_memory",
     "write_scale",
     "projection_write_scale",
-    "projection_hidden",
+    "gate_hidden_ratio",
 )
 
 

@@ -20,9 +20,10 @@ READOUTS = ("gate_readout", "gate_bias", "retain_readout", "retain_bias", "momen
 def build(width: int = 16, heads: int = 1, seed: int = 0, **settings: Any) -> SelfModifyingTitans:
     """A layer in float64 with W1 and all biases random."""
     torch.manual_seed(seed)
-    wide = {"projection_hidden": settings.get("memory_hidden", width)}
     layer = SelfModifyingTitans(
-        width * heads, heads, **{"chunk_size": 16, "write_scale": 0.6, "write_bound": 0.5, **wide, **settings}
+        width * heads,
+        heads,
+        **{"chunk_size": 16, "write_scale": 0.6, "write_bound": 0.5, "gate_hidden_ratio": 1.0, **settings},
     ).double()
     with torch.no_grad():
         layer.memory.outer.normal_(std=0.3)

@@ -85,9 +85,6 @@ def small_config(config: HopeConfig) -> HopeConfig:
     if projection is not None:  # in the same proportion, so that one still divides the other
         main = config.chunk_size
         projection = chunk * (projection // main) if projection >= main else max(1, chunk // (main // projection))
-    narrow = config.projection_hidden
-    if narrow is not None:
-        narrow = max(1, 8 * narrow // (config.memory_hidden or config.dim // config.heads))
     return replace(
         config,
         vocab_size=23,
@@ -100,7 +97,6 @@ def small_config(config: HopeConfig) -> HopeConfig:
         local_chunk_sizes=(2, 4),
         shard_length=12,
         memory_hidden=None,
-        projection_hidden=narrow,
         cms_expansion=2.0,
     )
 

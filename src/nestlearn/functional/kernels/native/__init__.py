@@ -24,9 +24,9 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-er
 SWITCH = "NESTLEARN_NO_COMPILER"
 
 _SIZES = (
-    "rows", "heads", "memories", "projections", "key", "hidden", "value", "chunk", "segments", "places", "rule", "read",
-    "negative_eigenvalues", "own_targets", "main_residual", "adaptive_query", "to_initial", "has_retain",
-    "has_momentum", "detach_every", "keep", "threads", "wide",
+    "rows", "heads", "memories", "projections", "narrow_first", "narrow_stop", "key", "hidden", "value", "chunk",
+    "segments", "places", "rule", "read", "negative_eigenvalues", "own_targets", "main_residual", "adaptive_query",
+    "to_initial", "has_retain", "has_momentum", "detach_every", "keep", "threads", "wide",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ class Walk(ctypes.Structure):
         ("logits", ctypes.c_void_p),
         ("readouts", ctypes.c_void_p * 6),
         ("base", ctypes.c_void_p * 2),
-        ("base_projections", ctypes.c_void_p * 2),
+        ("base_narrow", ctypes.c_void_p * 2),
         ("state", ctypes.c_void_p * 6),
         ("out", ctypes.c_void_p),
         ("after", ctypes.c_void_p * 6),
@@ -53,7 +53,7 @@ class Walk(ctypes.Structure):
         ("d_logits", ctypes.c_void_p),
         ("d_readouts", ctypes.c_void_p * 6),
         ("d_base", ctypes.c_void_p * 2),
-        ("d_base_projections", ctypes.c_void_p * 2),
+        ("d_base_narrow", ctypes.c_void_p * 2),
         ("d_state", ctypes.c_void_p * 6),
         ("made", ctypes.c_void_p),
         ("d_made", ctypes.c_void_p),

@@ -10,9 +10,9 @@
 #include "gates.h"
 
 struct Walk {
-  // Sizes: rows and heads (N = rows * heads), memories, those read for k, v, gates (and q), key, hidden and value
-  // width, longest segment, segments, places.
-  std::int32_t rows, heads, memories, projections, key, hidden, value, chunk, segments, places;
+  // Sizes: rows and heads (N = rows * heads), memories, those read for k, v, gates (and q), the first of the narrow ones
+  // and the one after them, key, hidden and value width, longest segment, segments, places.
+  std::int32_t rows, heads, memories, projections, narrow_first, narrow_stop, key, hidden, value, chunk, segments, places;
   std::int32_t rule;  // 0 dgd, 1 gd, 2 delta
   std::int32_t read;  // 0 token, 1 previous, 2 chunk
   std::int32_t negative_eigenvalues, own_targets, main_residual, adaptive_query, to_initial;
@@ -28,13 +28,13 @@ struct Walk {
   // Inputs; memories (N or heads, M, ...) are padded with zeros to `hidden`. streams (3 or 4, N, places, key): q, k, v and the gates' input.
   const void *streams, *logits;       // logits (1 to 3, N, places) where they are given
   const void *readouts[6];            // gate, its bias, retain, its bias, momentum, its bias: (heads, key), (heads)
-  const void *base[2], *base_projections[2];  // inner, outer (heads, M, ...); of the projections apart, or null
+  const void *base[2], *base_narrow[2];  // inner, outer (heads, M, ...); of the narrow memories apart, or null
   const void *state[6];               // running, snapshot, momentum: inner, outer each
   // Outputs, and the memories at each segment's start (segments, N, ...).
   void *out, *after[6], *saved[4];
   // Backward.
   const void *d_out, *d_after[6];
-  void *d_streams, *d_logits, *d_readouts[6], *d_base[2], *d_base_projections[2], *d_state[6];  // d_base*: (N, ...)
+  void *d_streams, *d_logits, *d_readouts[6], *d_base[2], *d_base_narrow[2], *d_state[6];  // d_base*: (N, ...)
   // What the projections' memories made of each token, (5, N, places, key): q, k, v, rate, retention. Null: not wanted.
   void* made;
   const void* d_made;
@@ -44,7 +44,8 @@ namespace {
 
 template <typename T>
 struct Tiles {
-  std::vector<T> z, z_values, h, difference, error, back, image, inner, outer, inner_values, outer_values;
+  std::vector<T> s, s_values;  // sigmoid of the hidden layer's input, for keys and values
+  std::vector<T> h, difference, error, back, image, inner, outer, inner_values, outer_values;
   std::vector<T> products, factor;  // of the outer map, (c x ld)
   std::vector<T> whole_inner, whole_outer, inner_t, outer_t, change_inner_t, change_outer_t, h_t;
   std::vector<T> error_square, image_square, h_square, inner_coefficient, outer_coefficient, on_error, on_image;
@@ -59,6 +60,7 @@ class Task {
         V(w.value), pad((w.chunk + 15) / 16 * 16), H(w.hidden), inner_size(std::ptrdiff_t(H) * K),
         outer_size(std::ptrdiff_t(V) * H), decays(w.chunk, pad) {
     units.assign(M + 1, 0);
+    same.assign(M, 0);
     for (int m = 0; m < M; ++m) units[m + 1] = units[m] + w.widths[m];
     even = units[M] == M * w.hidden;
     rule = GateRule{w.negative_eigenvalues != 0, w.rule != 1, w.has_momentum != 0, w.largest_gate};
@@ -75,8 +77,8 @@ class Task {
     inner_products.assign(std::ptrdiff_t(c) * pad, 0);
     inner_factor.assign(std::ptrdiff_t(c) * pad, 0);
     d_inner_factor.assign(std::ptrdiff_t(c) * pad, 0);
-    for (auto* v : {&t.z, &t.z_values, &t.h, &t.difference, &t.back, &t.image, &t.inner, &t.inner_values, &d_h, &d_z,
-                    &d_z_values, &d_image, &d_difference, &d_inner, &d_inner_values, &features, &read_z, &scratch_h})
+    for (auto* v : {&t.s, &t.s_values, &t.h, &t.difference, &t.back, &t.image, &t.inner, &t.inner_values, &d_h, &d_z,
+                    &d_z_values, &d_image, &d_difference, &d_inner, &d_inner_values, &features, &read_s, &scratch_h})
       v->assign(std::ptrdiff_t(c) * H, 0);
     for (auto* v : {&t.error, &t.outer, &t.outer_values, &d_outer, &d_error, &d_outer_values, &read_out})
       v->assign(std::ptrdiff_t(c) * V, 0);
@@ -94,7 +96,7 @@ class Task {
     t.strengths.resize(c);
     if (P) {
       projected.assign(std::ptrdiff_t(P) * c * K, 0);
-      projected_z.assign(std::ptrdiff_t(P) * c * H, 0);
+      projected_s.assign(std::ptrdiff_t(P) * c * H, 0);
       projected_h.assign(std::ptrdiff_t(P) * c * H, 0);
       d_projected.assign(std::ptrdiff_t(c) * K, 0);
     }
@@ -118,8 +120,12 @@ class Task {
     T* now[6];
     open(w.state, w.after, now);
     bool taken = false;
+    std::fill(same.begin(), same.end(), 0);
     for (int s = 0; s < w.segments; ++s) {
-      if (reset(s)) fresh(now), taken = true;
+      if (reset(s)) {
+        fresh(now), taken = true;
+        std::fill(same.begin(), same.end(), 0);
+      }
       if (w.keep) {
         copy(now[0], saved(0, s), total(0));
         copy(now[1], saved(1, s), total(1));
@@ -128,33 +134,41 @@ class Task {
           copy(now[5], saved(3, s), total(1));
         }
       }
-      begin(s, now[2], now[3]);
+      const T* snap[2] = {same[0] ? now[0] : now[2], same[0] ? now[1] : now[3]};
+      begin(s, snap[0], snap[1]);
       for (int m = 0; m < M; ++m) {
         use(m);
-        write(m, now[0] + at(0, m), now[1] + at(1, m), now[2] + at(0, m), now[3] + at(1, m),
+        write(m, now[0] + at(0, m), now[1] + at(1, m), now[same[m] ? 0 : 2] + at(0, m), now[same[m] ? 1 : 3] + at(1, m),
               w.has_momentum ? now[4] + at(0, m) : nullptr, w.has_momentum ? now[5] + at(1, m) : nullptr);
         if (m == M - 1) {
           read_main(now[0] + at(0, m), now[1] + at(1, m),
                     w.has_momentum ? now[4] + at(0, m) : nullptr,
-                    w.has_momentum ? now[5] + at(1, m) : nullptr);
+                    w.has_momentum ? now[5] + at(1, m) : nullptr, true);
           copy(read_out.data(), outputs(w.out), std::ptrdiff_t(c) * V);
           if (w.made) {
             const T* parts[] = {queries.data(), keys.data(), values.data(), projection(2), projection(3)};
             for (int i = 0; i < 5; ++i) copy(parts[i], made(w.made, i), std::ptrdiff_t(c) * K);
           }
         }
+        // A snapshot is the running memory itself until that goes on while the snapshot stays.
+        const bool completed = completes(m, s);
+        if (same[m] && !completed) take_snapshot(m, now);
+        same[m] = completed;
+        taken |= completed;
         advance(keys.data(), K, t.inner, H, inner_erased, now[0] + at(0, m),
                 w.has_momentum ? now[4] + at(0, m) : nullptr);
         advance(t.h.data(), H, t.outer, V, outer_erased, now[1] + at(1, m),
                 w.has_momentum ? now[5] + at(1, m) : nullptr);
-        if (completes(m, s)) {
-          taken = true;
-          copy(now[0] + at(0, m), now[2] + at(0, m), inner_size);
-          copy(now[1] + at(1, m), now[3] + at(1, m), outer_size);
-        }
       }
     }
+    for (int m = 0; m < M; ++m)
+      if (same[m]) use(m), take_snapshot(m, now);
     close(w.state, w.after, now, taken);
+  }
+
+  void take_snapshot(int m, T** now) {
+    copy(now[0] + at(0, m), now[2] + at(0, m), inner_size);
+    copy(now[1] + at(1, m), now[3] + at(1, m), outer_size);
   }
 
   void backward() {
@@ -278,18 +292,18 @@ class Task {
     const std::ptrdiff_t size = total(i % 2);
     return static_cast<T*>(w.saved[i]) + (std::ptrdiff_t(s) * w.rows * w.heads + n) * size;
   }
-  // Memory m of a tensor of initial memories, where those of the projections may lie apart. `which` is the head, or for
-  // gradients the row and head.
-  T* initial(const void* const* all, const void* const* projections, bool outer, int m, int which) const {
-    if (!projections[outer])
-      return static_cast<T*>(const_cast<void*>(all[outer])) + which * padded(outer) + at(outer, m);
-    if (m == M - 1)
-      return static_cast<T*>(const_cast<void*>(all[outer])) + which * (total(outer) - at(outer, M - 1));
-    return static_cast<T*>(const_cast<void*>(projections[outer])) + which * at(outer, M - 1) + at(outer, m);
+  // Memory m of a tensor of initial memories, where the narrow ones may lie apart. `which` is the head, or for gradients
+  // the row and head.
+  T* initial(const void* const* wide, const void* const* narrow, bool outer, int m, int which) const {
+    const std::ptrdiff_t first = at(outer, w.narrow_first), apart = at(outer, w.narrow_stop) - first;
+    if (m >= w.narrow_first && m < w.narrow_stop)
+      return static_cast<T*>(const_cast<void*>(narrow[outer])) + which * apart + at(outer, m) - first;
+    return static_cast<T*>(const_cast<void*>(wide[outer])) + which * (total(outer) - apart) + at(outer, m) -
+           (m < w.narrow_first ? 0 : apart);
   }
-  const T* base(bool outer, int m) const { return initial(w.base, w.base_projections, outer, m, head); }
+  const T* base(bool outer, int m) const { return initial(w.base, w.base_narrow, outer, m, head); }
   T* d_base(bool outer, int m) const {
-    return initial(const_cast<const void* const*>(w.d_base), const_cast<const void* const*>(w.d_base_projections),
+    return initial(const_cast<const void* const*>(w.d_base), const_cast<const void* const*>(w.d_base_narrow),
                    outer, m, n);
   }
   const T* stream(int i) const {
@@ -318,6 +332,7 @@ class Task {
   }
   static void copy(const T* from, T* to, std::ptrdiff_t count) { std::memcpy(to, from, count * sizeof(T)); }
   static void fold(T* from, T* to, std::ptrdiff_t count) {
+#pragma GCC ivdep
     for (std::ptrdiff_t i = 0; i < count; ++i) to[i] += from[i], from[i] = 0;
   }
 
@@ -347,7 +362,9 @@ class Task {
   void whole(int m, const T* snap_inner, const T* snap_outer) {
     if (w.to_initial) {
       const T *b = base(false, m), *o = base(true, m);
+#pragma GCC ivdep
       for (std::ptrdiff_t i = 0; i < inner_size; ++i) t.whole_inner[i] = snap_inner[i] + b[i];
+#pragma GCC ivdep
       for (std::ptrdiff_t i = 0; i < outer_size; ++i) t.whole_outer[i] = snap_outer[i] + o[i];
     } else {
       copy(snap_inner, t.whole_inner.data(), inner_size);
@@ -367,6 +384,7 @@ class Task {
       return;
     }
     for (int i = 0; i < c; ++i)
+#pragma GCC ivdep
       for (int j = 0; j < columns; ++j) {
         const T y = alpha * dot(width, x + i * width, b + std::ptrdiff_t(j) * width);
         out[i * columns + j] = add ? out[i * columns + j] + y : y;
@@ -377,7 +395,6 @@ class Task {
     return to.data();
   }
 
-  static T silu(T x) { return x * sigmoid(x); }
 
   // ---- k, v, q, gates and decays of segment s (Eq. 83) ----
   int projection_stream(int p) const { return p == 0 ? 1 : p == 1 ? 2 : p == 4 ? 0 : 3; }
@@ -393,10 +410,10 @@ class Task {
         use(p);
         whole(p, snap_inner + at(0, p), snap_outer + at(1, p));
         const T* x = stream(projection_stream(p));
-        T *z = projected_z.data() + std::ptrdiff_t(p) * c * H, *h = projected_h.data() + std::ptrdiff_t(p) * c * H;
+        T *sig = projected_s.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
         T* y = projected.data() + std::ptrdiff_t(p) * c * K;
-        times(x, K, t.whole_inner.data(), t.inner_t.data(), H, z);
-        for (int i = 0; i < c * H; ++i) h[i] = silu(z[i]);
+        times(x, K, t.whole_inner.data(), t.inner_t.data(), H, sig);
+        activate(c * H, sig, h);
         copy(x, y, std::ptrdiff_t(c) * K);
         times(h, H, t.whole_outer.data(), t.outer_t.data(), K, y, 1, true);
       }
@@ -459,6 +476,7 @@ class Task {
     for (int i = 0; i < c; ++i) {
       const T* r = decays.row(decays.retain_between, i - 1);
       T *f = &factor[std::ptrdiff_t(i) * ld], *p = &products[std::ptrdiff_t(i) * ld];
+#pragma GCC ivdep
       for (int s = 0; s < i; ++s) f[s] = e[i].erase * r[s] * p[s];
       for (int s = i; s < ld; ++s) f[s] = p[s] = 0;
     }
@@ -468,19 +486,23 @@ class Task {
   void write(int m, const T* run_inner, const T* run_outer, const T* snap_inner, const T* snap_outer,
              const T* momentum_inner, const T* momentum_outer) {
     whole(m, snap_inner, snap_outer);
-    times(keys.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.z.data());
-    for (int i = 0; i < c * H; ++i) t.h[i] = silu(t.z[i]);
+    times(keys.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.s.data());
+    activate(c * H, t.s.data(), t.h.data());
     if (w.own_targets) {
-      times(values.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.z_values.data());
-      for (int i = 0; i < c * H; ++i) t.difference[i] = t.h[i] - silu(t.z_values[i]);
+      times(values.data(), K, t.whole_inner.data(), t.inner_t.data(), H, t.s_values.data());
+      activate(c * H, t.s_values.data(), t.difference.data());
+#pragma GCC ivdep
+      for (int i = 0; i < c * H; ++i) t.difference[i] = t.h[i] - t.difference[i];
     } else {
       copy(t.h.data(), t.difference.data(), std::ptrdiff_t(c) * H);
     }
     const bool residual = has_residual(m);
+#pragma GCC ivdep
     for (int i = 0; i < c * V; ++i) t.error[i] = residual ? keys[i] - values[i] : -values[i];
     times(t.difference.data(), H, t.whole_outer.data(), t.outer_t.data(), V, t.error.data(), 1, true);
     gemm<T>(c, H, V, t.error.data(), V, 1, t.whole_outer.data(), H, t.back.data(), H);
-    for (int i = 0; i < c * H; ++i) t.image[i] = t.back[i] * slope(t.z[i]);
+#pragma GCC ivdep
+    for (int i = 0; i < c * H; ++i) t.image[i] = t.back[i] * silu_slope(t.s[i], t.h[i]);
     const T scale = T(w.scales[m]), square = T(w.bound * w.bound);
     for (int i = 0; i < c; ++i) {
       t.error_square[i] = dot(V, &t.error[i * V], &t.error[i * V]);
@@ -496,7 +518,9 @@ class Task {
       }
       t.outer_coefficient[i] = -scale * t.on_error[i] * t.strengths[i].write;
       t.inner_coefficient[i] = -scale * t.on_error[i] * t.on_image[i] * inner_strengths[i].write;
+#pragma GCC ivdep
       for (int j = 0; j < H; ++j) t.inner_values[i * H + j] = t.image[i * H + j] * t.inner_coefficient[i];
+#pragma GCC ivdep
       for (int j = 0; j < V; ++j) t.outer_values[i * V + j] = t.error[i * V + j] * t.outer_coefficient[i];
     }
     transpose(c, H, t.h.data(), H, t.h_t.data(), ld);
@@ -512,16 +536,16 @@ class Task {
   }
 
   bool has_residual(int m) const { return m < M - 1 ? true : w.main_residual != 0; }
-  static T slope(T x) {
-    const T s = sigmoid(x);
-    return s + x * s * (1 - s);
-  }
 
   // The triangular system of one map: x (c x width), values (c x columns), memory (columns x width) and its transpose.
-  void solve(const T* x, int width, int columns, const std::vector<T>& given, const T* memory, const T* memory_t, const T* reference,
+  // `given` is kept with momentum only.
+  void solve(const T* x, int width, int columns, std::vector<T>& given, const T* memory, const T* memory_t, const T* reference,
              const T* momentum, const std::vector<Strength<T>>& e, const std::vector<T>& products,
              const std::vector<T>& factor, std::vector<T>& writes, std::vector<T>& erased) {
-    copy(given.data(), writes.data(), std::ptrdiff_t(c) * columns);
+    if (momentum)
+      copy(given.data(), writes.data(), std::ptrdiff_t(c) * columns);
+    else
+      std::swap(given, writes);
     if (!rule.erases) {
       if (momentum) std::fill(erased.begin(), erased.end(), T(0));
       return;
@@ -553,6 +577,7 @@ class Task {
   void scaled(const T* x, int width, F factor) {
     for (int i = 0; i < c; ++i) {
       const T f = factor(i);
+#pragma GCC ivdep
       for (int j = 0; j < width; ++j) wide[i * width + j] = f * x[i * width + j];
     }
   }
@@ -562,6 +587,7 @@ class Task {
                T* memory, T* momentum) {
     const T *last = decays.write_row(w.has_momentum, c - 1), *last_retain = decays.row(decays.retain_between, c - 1);
     for (int i = 0; i < c; ++i)
+#pragma GCC ivdep
       for (int j = 0; j < columns; ++j) {
         T x_ = writes[i * columns + j] * last[i];
         if (momentum) x_ += erased[i * columns + j] * last_retain[i];
@@ -571,35 +597,42 @@ class Task {
     const std::ptrdiff_t size = std::ptrdiff_t(columns) * width;
     if (momentum) {
       const T carry = decays.carry[c - 1];
+#pragma GCC ivdep
       for (std::ptrdiff_t i = 0; i < size; ++i) memory[i] = kept * memory[i] + carry * momentum[i];
     } else {
+#pragma GCC ivdep
       for (std::ptrdiff_t i = 0; i < size; ++i) memory[i] *= kept;
     }
     gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, memory, width, 1, true);
     if (!momentum) return;
     const T* of_momentum = decays.row(decays.momentum_between, c - 1);
     for (int i = 0; i < c; ++i)
+#pragma GCC ivdep
       for (int j = 0; j < columns; ++j) wide2[i * columns + j] = writes[i * columns + j] * of_momentum[i];
+#pragma GCC ivdep
     for (std::ptrdiff_t i = 0; i < size; ++i) momentum[i] *= decays.momentum_kept[c - 1];
     gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, momentum, width, 1, true);
   }
 
   // ---- reads of the main memory, whose tiles are in t ----
-  void read_main(const T* run_inner, const T* run_outer, const T* momentum_inner, const T* momentum_outer) {
+  // Its hidden features and, if they are wanted, the outputs.
+  void read_main(const T* run_inner, const T* run_outer, const T* momentum_inner, const T* momentum_outer, bool output) {
     const int m = M - 1;
     if (w.read == 2) {
-      times(queries.data(), K, t.whole_inner.data(), t.inner_t.data(), H, read_z.data());
-      for (int i = 0; i < c * H; ++i) features[i] = silu(read_z[i]);
-      times(features.data(), H, t.whole_outer.data(), t.outer_t.data(), V, read_out.data());
+      times(queries.data(), K, t.whole_inner.data(), t.inner_t.data(), H, read_s.data());
+      activate(c * H, read_s.data(), features.data());
+      if (output) times(features.data(), H, t.whole_outer.data(), t.outer_t.data(), V, read_out.data());
     } else {
       read(queries.data(), K, H, inner_attention, run_inner, t.change_inner_t.data(), momentum_inner, t.inner, inner_erased,
-           base(false, m), read_z);
-      for (int i = 0; i < c * H; ++i) features[i] = silu(read_z[i]);
+           base(false, m), read_s);
+      activate(c * H, read_s.data(), features.data());
       gemm<T>(c, ld, H, features.data(), H, 1, t.h_t.data(), ld, outer_attention.data(), ld, 1, false, Shape::OutLower);
-      read(features.data(), H, V, outer_attention, run_outer, t.change_outer_t.data(), momentum_outer, t.outer, outer_erased,
-           base(true, m), read_out);
+      if (output)
+        read(features.data(), H, V, outer_attention, run_outer, t.change_outer_t.data(), momentum_outer, t.outer,
+             outer_erased, base(true, m), read_out);
     }
-    if (w.main_residual)
+    if (output && w.main_residual)
+#pragma GCC ivdep
       for (int i = 0; i < c * V; ++i) read_out[i] += queries[i];
   }
 
@@ -613,6 +646,7 @@ class Task {
       const T *r = decays.row(between, i - before()), *a = &attention[std::ptrdiff_t(i) * ld];
       T* out = &weighted[std::ptrdiff_t(i) * ld];
       const int end = i + 1 - before();
+#pragma GCC ivdep
       for (int s = 0; s < end; ++s) out[s] = r[s] * a[s];
       for (int s = end; s < ld; ++s) out[s] = 0;
     }
@@ -653,6 +687,7 @@ class Task {
     for (int i = 0; i < c; ++i) {
       const T g = read_kept(i), along = dot(width, q + i * width, &wide[i * width]);
       add_log_kept(i, g * along);
+#pragma GCC ivdep
       for (int j = 0; j < width; ++j) d_q[i * width + j] = g * wide[i * width + j];
     }
     scaled_into(d_out, columns, wide2, [&](int i) { return read_kept(i); });
@@ -690,6 +725,7 @@ class Task {
       const T *r = decays.row(between, at), *a = &attention[std::ptrdiff_t(i) * ld], *p = &pairs[std::ptrdiff_t(i) * ld];
       T *f = &d_factor[std::ptrdiff_t(i) * ld], *out = &weighted[std::ptrdiff_t(i) * ld];
       T* g = decays.row(plain ? decays.d_write : decays.d_log_between, at);
+#pragma GCC ivdep
       for (int s = 0; s < end; ++s) {
         f[s] += r[s] * p[s];
         out[s] = r[s] * a[s];
@@ -711,6 +747,7 @@ class Task {
   void scaled_into(const T* x, int width, std::vector<T>& out, F factor) {
     for (int i = 0; i < c; ++i) {
       const T f = factor(i);
+#pragma GCC ivdep
       for (int j = 0; j < width; ++j) out[i * width + j] = f * x[i * width + j];
     }
   }
@@ -776,17 +813,20 @@ class Task {
       d_retain[i] += g.retain;
       d_momentum[i] += g.momentum;
       const T on_h = 2 * g.square;
+#pragma GCC ivdep
       for (int j = 0; j < H; ++j) {
         d_image[i * H + j] = t.inner_coefficient[i] * d_inner_values[i * H + j] + 2 * d_image_square * t.image[i * H + j];
         d_h[i * H + j] += on_h * t.h[i * H + j];
       }
+#pragma GCC ivdep
       for (int j = 0; j < V; ++j)
         d_error[i * V + j] = t.outer_coefficient[i] * d_outer_values[i * V + j] + 2 * d_error_square * t.error[i * V + j];
     }
 
     // Back from the image and the error (Eq. 84, 85).
+#pragma GCC ivdep
     for (int i = 0; i < c * H; ++i) {
-      const T z = t.z[i], s = sigmoid(z), h = z * s, rest = 1 - s;
+      const T s = t.s[i], h = t.h[i], rest = 1 - s;
       const T curvature = rest * (h + 2 * s * (1 - h));
       d_z[i] = d_image[i] * t.back[i] * curvature;
       d_image[i] *= s + h * rest;  // now the gradient of the error through W1
@@ -795,15 +835,19 @@ class Task {
     times(d_image.data(), H, t.whole_outer.data(), t.outer_t.data(), V, d_error.data(), 1, true);
     gemm<T>(c, H, V, d_error.data(), V, 1, t.whole_outer.data(), H, d_difference.data(), H);
     gemm<T>(V, H, c, d_error.data(), 1, V, t.difference.data(), H, whole_outer.data(), H, 1, true);
-    for (int i = 0; i < c * H; ++i) d_z[i] += (d_h[i] + d_difference[i]) * slope(t.z[i]);
+#pragma GCC ivdep
+    for (int i = 0; i < c * H; ++i) d_z[i] += (d_h[i] + d_difference[i]) * silu_slope(t.s[i], t.h[i]);
     gemm<T>(c, K, H, d_z.data(), H, 1, t.whole_inner.data(), K, d_keys.data(), K, 1, true);
     gemm<T>(H, K, c, d_z.data(), 1, H, keys.data(), K, whole_inner.data(), K, 1, true);
     if (w.own_targets) {
-      for (int i = 0; i < c * H; ++i) d_z_values[i] = -d_difference[i] * slope(t.z_values[i]);
+#pragma GCC ivdep
+      for (int i = 0; i < c * H; ++i)
+        d_z_values[i] = -d_difference[i] * silu_slope(t.s_values[i], t.h[i] - t.difference[i]);
       gemm<T>(c, K, H, d_z_values.data(), H, 1, t.whole_inner.data(), K, d_values.data(), K, 1, true);
       gemm<T>(H, K, c, d_z_values.data(), 1, H, values.data(), K, whole_inner.data(), K, 1, true);
     }
     const bool residual = has_residual(m);
+#pragma GCC ivdep
     for (int i = 0; i < c * V; ++i) {
       if (residual) d_keys[i] += d_error[i];
       d_values[i] -= d_error[i];
@@ -830,18 +874,20 @@ class Task {
                      T* base_outer) {
     const int m = M - 1;
     const T* d_out = outputs(w.d_out);
-    read_main(run[0] + at(0, m), run[1] + at(1, m), momentum_inner, momentum_outer);
+    read_main(run[0] + at(0, m), run[1] + at(1, m), momentum_inner, momentum_outer, false);
     if (w.read == 2) {
       gemm<T>(c, H, V, d_out, V, 1, t.whole_outer.data(), H, scratch_h.data(), H);
       gemm<T>(V, H, c, d_out, 1, V, features.data(), H, whole_outer.data(), H, 1, true);
-      for (int i = 0; i < c * H; ++i) scratch_h[i] *= slope(read_z[i]);
+#pragma GCC ivdep
+      for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
       gemm<T>(c, K, H, scratch_h.data(), H, 1, t.whole_inner.data(), K, d_queries.data(), K);
       gemm<T>(H, K, c, scratch_h.data(), 1, H, queries.data(), K, whole_inner.data(), K, 1, true);
     } else {
       read_backward(d_out, features.data(), H, V, outer_attention, run[1] + at(1, m), momentum_outer, t.outer,
                     outer_erased, base(true, m), t.h.data(), scratch_h.data(), d_outer.data(), d_outer_erased.data(),
                     d_h.data(), before_outer.data(), momentum_before_outer.data(), base_outer);
-      for (int i = 0; i < c * H; ++i) scratch_h[i] *= slope(read_z[i]);
+#pragma GCC ivdep
+      for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
       read_backward(scratch_h.data(), queries.data(), K, H, inner_attention, run[0] + at(0, m), momentum_inner,
                     t.inner, inner_erased, base(false, m), keys.data(), d_queries.data(), d_inner.data(),
                     d_inner_erased.data(), d_keys.data(), before_inner.data(), momentum_before_inner.data(), base_inner);
@@ -956,6 +1002,7 @@ class Task {
       const T* r = decays.write_row(true, i - 1);
       T *g = decays.row(decays.d_write, i - 1), *f = &inside[std::ptrdiff_t(i) * ld];
       const T *q = &pairs[std::ptrdiff_t(i) * ld], *p = &products[std::ptrdiff_t(i) * ld];
+#pragma GCC ivdep
       for (int s = 0; s < i; ++s) {
         const T through = q[s] * p[s];
         d_erase[i] -= r[s] * through;
@@ -986,6 +1033,7 @@ class Task {
       T *g = decays.row(decays.d_log_between, i - 1), *f = &d_a[std::ptrdiff_t(i) * ld];
       const T *a = &factor[std::ptrdiff_t(i) * ld], *p = &products[std::ptrdiff_t(i) * ld];
       T sum = 0;
+#pragma GCC ivdep
       for (int s = 0; s < i; ++s) {
         sum += r[s] * p[s] * f[s];
         g[s] += a[s] * f[s];
@@ -1050,12 +1098,13 @@ class Task {
       if (w.d_made && (p == 2 || p == 3)) axpy(c * K, T(1), made(w.d_made, p + 1), d_projected.data());
       whole(p, snap[0] + at(0, p), snap[1] + at(1, p));
       const T* x = stream(projection_stream(p));
-      const T *z = projected_z.data() + std::ptrdiff_t(p) * c * H, *h = projected_h.data() + std::ptrdiff_t(p) * c * H;
+      const T *sig = projected_s.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
       whole_inner.assign(inner_size, 0);
       whole_outer.assign(outer_size, 0);
       gemm<T>(c, H, V, d_projected.data(), K, 1, t.whole_outer.data(), H, d_z.data(), H);
       gemm<T>(V, H, c, d_projected.data(), 1, K, h, H, whole_outer.data(), H);
-      for (int i = 0; i < c * H; ++i) d_z[i] *= slope(z[i]);
+#pragma GCC ivdep
+      for (int i = 0; i < c * H; ++i) d_z[i] *= silu_slope(sig[i], h[i]);
       gemm<T>(H, K, c, d_z.data(), 1, H, x, K, whole_inner.data(), K);
       gemm<T>(c, K, H, d_z.data(), H, 1, t.whole_inner.data(), K, d_projected.data(), K, 1, true);
       T* to = d_stream(projection_stream(p));
@@ -1088,6 +1137,7 @@ class Task {
   int H;  // hidden width of the memory in hand
   int n = 0, row = 0, head = 0;
   std::vector<std::ptrdiff_t> units;  // hidden units before each memory
+  std::vector<char> same;             // whether each memory's snapshot is the running memory itself
   bool even;                           // whether all memories are as wide
   std::vector<T> local[6];
   std::ptrdiff_t inner_size, outer_size;
@@ -1099,7 +1149,7 @@ class Task {
   std::vector<T> keys, values, queries, keys_t, key_norm, value_norm, query_norm, key_square;
   std::vector<T> gate_logit, retain_logit, momentum_logit;
   std::vector<T> inner_products, inner_factor, inner_attention, outer_attention, weighted, inside, pairs;
-  std::vector<T> projected, projected_z, projected_h, features, read_z, read_out, wide, wide2, wide_t;
+  std::vector<T> projected, projected_s, projected_h, features, read_s, read_out, wide, wide2, wide_t;
   std::vector<T> inner_erased, outer_erased;
   std::vector<T> d_keys, d_values, d_queries, d_h, d_z, d_z_values, d_image, d_difference, d_error, d_factor;
   std::vector<T> d_inner, d_outer, d_inner_values, d_outer_values, d_inner_erased, d_outer_erased, d_inner_factor;
