@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestlearn.functional.recomputed import bare, gated_output, recomputable
 from nestlearn.functional.rms_norm import RMSNorm
 
 __all__ = ["GatedReadout"]
@@ -23,5 +24,9 @@ class GatedReadout(nn.Module):
 
     def forward(self, o: Tensor, x: Tensor) -> Tensor:
         """o (B, H, T, Dh) from the heads, x (B, T, D) the input of the layer -> (B, T, D)."""
-        o = self.norm(o.transpose(1, 2).to(self.norm.weight.dtype)).flatten(2)  # autocast leaves o in half precision
-        return self.output(o * F.silu(self.gate(x)))
+        o = o.transpose(1, 2).to(self.norm.weight.dtype)  # autocast leaves o in half precision
+        gate, weights = self.gate(x), (self.norm.weight, self.output.weight)
+        if bare(self.norm, self.output) and recomputable(o, gate, *weights):
+            return gated_output(o, weights[0], gate, weights[1], self.norm.eps)
+        y: Tensor = self.output(self.norm(o).flatten(2) * F.silu(gate))
+        return y

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.functional.recomputed import not_kept
 from nestlearn.functional.rms_norm import normalize_token
 from nestlearn.functional.surprise import normalize
 from nestlearn.layers.chunked_memory import (
@@ -157,6 +158,17 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         if momentum:
             self.momentum_readout = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
             self.momentum_bias = nn.Parameter(torch.zeros(heads))
+
+    def _inputs(
+        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.streams.by_heads(x, tail, lengths=lengths, document_starts=document_starts)
+
+    def _compiled_walk(
+        self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]
+    ) -> tuple[Tensor, MemoryState]:
+        with not_kept(inputs):
+            return super()._compiled_walk(inputs, memory, segments)
 
     def _walk_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor | None, GateReadouts | None]:
         retain = (self.retain_readout, self.retain_bias) if self.retention else (None, None)

@@ -170,7 +170,6 @@ class ShortConvolution(nn.Module):
         weight = self.weight.to(x.dtype)
         if tail is None:
             y = causal_convolution(x, weight, document_starts)
-            tail = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
         else:
             tail = tail.to(x.dtype)
             joined = torch.cat([tail, x], dim=1)
@@ -180,7 +179,7 @@ class ShortConvolution(nn.Module):
                 history = self.width - 1
                 starts = None if document_starts is None else F.pad(document_starts, (history, 0))
                 y = causal_convolution(joined, weight, starts)[:, history:]
-        return y, self._next_tail(x, tail, lengths, document_starts)
+        return y, self.tail_after(x, tail, lengths, document_starts)
 
     def decode_step(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         """One token x (B, 1, C) without gradients -> y (B, 1, C) and the tail, overwritten where its dtype allows."""
@@ -190,8 +189,13 @@ class ShortConvolution(nn.Module):
             return y, tail.copy_(joined[:, 1:])
         return y, joined[:, 1:].contiguous()
 
-    def _next_tail(self, x: Tensor, tail: Tensor, lengths: Tensor | None, document_starts: Tensor | None) -> Tensor:
+    def tail_after(
+        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None
+    ) -> Tensor:
+        """The new tail; arguments as in `forward`."""
         batch, tokens, _ = x.shape
+        if tail is None:
+            tail = x.new_zeros(batch, self.width - 1, x.shape[2])
         kept = self.width - 1
         if kept == 0:
             return tail

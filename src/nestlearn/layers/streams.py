@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.functional.recomputed import convolved_heads, heads_available
 from nestlearn.layers.short_convolution import ShortConvolution
 
 # How much the tap of its own token starts ahead of a query's other taps, and that of the token before ahead of a key's,
@@ -67,11 +68,23 @@ class Streams(nn.Module):
         u, tail = self.convolution(self.projection(x), tail, lengths=lengths, document_starts=document_starts)
         return F.silu(u), tail
 
+    def by_heads(
+        self, x: Tensor, tail: Tensor | None, *, lengths: Tensor | None = None, document_starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, but (B, T, streams, H, K), laid out in memory as `split` wants it."""
+        p, weight = self.projection(x), self.convolution.weight
+        if tail is None and document_starts is None and heads_available(p, weight):
+            u = convolved_heads(p, weight, self.count, self.heads)
+            return u.permute(1, 3, 0, 2, 4), self.convolution.tail_after(p, None, lengths, None)
+        u, tail = self.convolution(p, tail, lengths=lengths, document_starts=document_starts)
+        return F.silu(u).unflatten(-1, (self.count, self.heads, -1)), tail
+
     def decode_step(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         """One token x (B, 1, D) without gradients -> (B, 1, streams * D) and the tail, overwritten."""
         u, tail = self.convolution.decode_step(self.projection(x), tail)
         return F.silu(u, inplace=True), tail
 
     def split(self, u: Tensor) -> Tensor:
-        """(B, T, streams * D) -> (streams, B, H, T, K)."""
-        return u.unflatten(-1, (self.count, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        """(B, T, streams * D), or (B, T, streams, H, K) -> (streams, B, H, T, K)."""
+        apart = u if u.ndim == 5 else u.unflatten(-1, (self.count, self.heads, -1))
+        return apart.permute(2, 0, 3, 1, 4)

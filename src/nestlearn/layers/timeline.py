@@ -59,8 +59,10 @@ class Timeline:
     places: Tensor | None
 
     def spread(self, x: Tensor) -> Tensor:
-        """Tokens (B, T, D) to places (B, places, D)."""
-        return x if self.source is None else x.gather(1, self.source[..., None].expand(-1, -1, x.shape[-1]))
+        """Tokens (B, T, ...) to places (B, places, ...)."""
+        if self.source is None:
+            return x
+        return x.gather(1, self.source.view(*self.source.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
     def cut(self, x: Tensor) -> tuple[Tensor, ...]:
         """Places (B, places, D) into one piece a segment. One operation, so that its backward pass is one too."""

@@ -1,8 +1,9 @@
-"""The walk of two-layer memories in C++ for the CPU, built with the machine's own compiler when it is first needed.
+"""C++ for the CPU, built with the machine's own compiler when it is first needed: the walk of two-layer memories here,
+and what stands between matrix products in `elementwise`.
 
-The library is kept in `$XDG_CACHE_HOME/nestlearn` (by default `~/.cache/nestlearn`), named by a digest of the sources,
-the compiler and the processor. Where there is no compiler, `unavailable()` says so, and the layers take the form that
-is written in PyTorch operations.
+The libraries are kept in `$XDG_CACHE_HOME/nestlearn` (by default `~/.cache/nestlearn`), named by a digest of the
+sources, the compiler and the processor. Where there is no compiler, `unavailable()` says so, and all is computed in
+PyTorch operations.
 """
 
 from __future__ import annotations
@@ -83,6 +84,20 @@ def run_walk(walk: Walk, *, backward: bool) -> None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
+    library = load(*SOURCES)
+    library.nestlearn_walk.argtypes = [ctypes.POINTER(Walk), ctypes.c_int32]
+    library.nestlearn_walk.restype = None
+    if library.nestlearn_walk_size() != ctypes.sizeof(Walk):
+        raise Unavailable("the compiled library and this module disagree about the arguments' layout")
+    return library
+
+
+def load(*sources: str) -> ctypes.CDLL:
+    """The library of a source file of this folder, named first, and of what it includes; built at the first call.
+
+    Raises:
+        Unavailable: if it cannot be built or loaded here.
+    """
     if os.environ.get(SWITCH):
         raise Unavailable(f"the environment variable {SWITCH} is set")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
@@ -90,21 +105,16 @@ def _library() -> ctypes.CDLL:
         raise Unavailable("no C++ compiler was found; install g++ or clang++, or name one in CXX")
     folder = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=12)
-    for name in SOURCES:
+    for name in sources:
         digest.update((folder / name).read_bytes())
     digest.update(" ".join([compiler, *FLAGS, _describe_machine(compiler)]).encode())
-    target = _cache() / f"walk-{digest.hexdigest()}.so"
+    target = _cache() / f"{Path(sources[0]).stem}-{digest.hexdigest()}.so"
     if not target.exists():
-        _build(compiler, folder / "walk.cpp", target)
+        _build(compiler, folder / sources[0], target)
     try:
-        library = ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(target))
     except OSError as error:
         raise Unavailable(f"{target} does not load ({error}); delete it to build it again") from error
-    library.nestlearn_walk.argtypes = [ctypes.POINTER(Walk), ctypes.c_int32]
-    library.nestlearn_walk.restype = None
-    if library.nestlearn_walk_size() != ctypes.sizeof(Walk):
-        raise Unavailable("the compiled library and this module disagree about the arguments' layout")
-    return library
 
 
 def _build(compiler: str, source: Path, target: Path) -> None:
@@ -120,7 +130,7 @@ def _build(compiler: str, source: Path, target: Path) -> None:
                 raise Unavailable(f"{compiler} failed: {lines[0] if lines else f'exit {done.returncode}'}")
             built.replace(target)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"the walk could not be built with {compiler} in {target.parent}: {error}") from error
+        raise Unavailable(f"{source.name} could not be built with {compiler} in {target.parent}: {error}") from error
 
 
 def _describe_machine(compiler: str) -> str:
