@@ -216,13 +216,13 @@ def not_kept(heads: Tensor) -> Iterator[None]:
     """Within it nothing keeps `heads`, a view of what `convolved_heads` gave, which computes it again where needed."""
     node: Any = (heads if heads._base is None else heads._base).grad_fn
     sizes = getattr(node, "streams_and_heads", None)
-    if sizes is None:
+    find_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if sizes is None or find_hooks is None:
         yield
         return
     first, count = heads.data_ptr(), heads.numel()
     # Only the innermost hooks are called: those around, as activation checkpointing's, get all else from here.
-    around = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    outer_pack, outer_unpack = around or (lambda t: t, lambda kept: kept)
+    outer_pack, outer_unpack = find_hooks(True) or (lambda t: t, lambda kept: kept)
 
     def pack(t: Tensor) -> Any:
         return _AGAIN if t.data_ptr() == first and t.numel() == count else outer_pack(t)
