@@ -1,4 +1,4 @@
-"""The walk of two-layer memories in C++ for the CPU, built with the machine's own compiler when it is first needed.
+"""The walk of two-layer memories, and one token of it, in C++ for the CPU, built with the machine's own compiler when it is first needed.
 
 The library is kept in `$XDG_CACHE_HOME/nestlearn` (by default `~/.cache/nestlearn`), named by a digest of the sources,
 the compiler and the processor. Where there is no compiler, `unavailable()` says so, and the layers take the form that
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("walk.cpp", "gates.h", "linear.h")
+SOURCES = ("walk.cpp", "token.cpp", "gates.h", "linear.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 # Set to anything, this keeps the compiler from being called.
 SWITCH = "NESTLEARN_NO_COMPILER"
@@ -26,6 +26,12 @@ _SIZES = (
     "rows", "heads", "memories", "projections", "narrow_first", "narrow_stop", "key", "hidden", "value", "chunk",
     "segments", "places", "rule", "read", "negative_eigenvalues", "own_targets", "main_residual", "adaptive_query",
     "to_initial", "has_retain", "has_momentum", "detach_every", "keep", "threads", "wide",
+)  # fmt: skip
+
+_TOKEN_SIZES = (
+    "rows", "heads", "memories", "projections", "narrow_first", "narrow_stop", "key", "hidden", "narrow", "dim",
+    "streams", "logits", "taps", "rule", "read", "negative_eigenvalues", "own_targets", "main_residual",
+    "adaptive_query", "to_initial", "has_retain", "has_momentum", "threads", "wide", "chunk", "projection_chunk",
 )  # fmt: skip
 
 
@@ -59,6 +65,22 @@ class Walk(ctypes.Structure):
     ]
 
 
+class Token(ctypes.Structure):
+    """The arguments of one token; token.cpp says what each is."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in _TOKEN_SIZES),
+        *((name, ctypes.c_double) for name in ("bound", "largest_gate", "scale", "projection_scale", "eps")),
+        ("position", ctypes.c_void_p),
+        ("readouts", ctypes.c_void_p * 6),
+        ("base", ctypes.c_void_p * 2),
+        ("base_narrow", ctypes.c_void_p * 2),
+        ("state", ctypes.c_void_p * 6),
+        *((name, ctypes.c_void_p) for name in ("inputs", "out", "projection", "convolution", "gates", "tail")),
+        *((name, ctypes.c_void_p) for name in ("norm", "gate", "output")),
+    ]
+
+
 class Unavailable(RuntimeError):
     """The compiled walk cannot be used here; the message says why."""
 
@@ -81,6 +103,15 @@ def run_walk(walk: Walk, *, backward: bool) -> None:
     _library().nestlearn_walk(ctypes.byref(walk), int(backward))
 
 
+def run_token(token: Token) -> None:
+    """Runs one token on the memory that the arguments point to.
+
+    Raises:
+        Unavailable: if there is no compiled library.
+    """
+    _library().nestlearn_token(ctypes.byref(token))
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     if os.environ.get(SWITCH):
@@ -95,25 +126,28 @@ def _library() -> ctypes.CDLL:
     digest.update(" ".join([compiler, *FLAGS, _describe_machine(compiler)]).encode())
     target = _cache() / f"walk-{digest.hexdigest()}.so"
     if not target.exists():
-        _build(compiler, folder / "walk.cpp", target)
+        _build(compiler, [folder / name for name in SOURCES if name.endswith(".cpp")], target)
     try:
         library = ctypes.CDLL(str(target))
     except OSError as error:
         raise Unavailable(f"{target} does not load ({error}); delete it to build it again") from error
     library.nestlearn_walk.argtypes = [ctypes.POINTER(Walk), ctypes.c_int32]
     library.nestlearn_walk.restype = None
-    if library.nestlearn_walk_size() != ctypes.sizeof(Walk):
+    library.nestlearn_token.argtypes = [ctypes.POINTER(Token)]
+    library.nestlearn_token.restype = None
+    sizes = library.nestlearn_walk_size(), library.nestlearn_token_size()
+    if sizes != (ctypes.sizeof(Walk), ctypes.sizeof(Token)):
         raise Unavailable("the compiled library and this module disagree about the arguments' layout")
     return library
 
 
-def _build(compiler: str, source: Path, target: Path) -> None:
+def _build(compiler: str, sources: list[Path], target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             # Built aside and moved, so that processes that build at once never load half a file.
             built = Path(folder) / target.name
-            command = [compiler, *FLAGS, "-o", str(built), str(source)]
+            command = [compiler, *FLAGS, "-o", str(built), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines()
