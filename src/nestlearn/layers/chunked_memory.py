@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from nestlearn.functional.associative import chunk_decay
 from nestlearn.functional.constants import constant
 from nestlearn.functional.kernels.native import unavailable
-from nestlearn.layers.compiled_token import Readouts, compiled_token_, fits, slow_weights
+from nestlearn.layers.compiled_token import compiled_token_, slow_weights
 from nestlearn.layers.compiled_walk import GateReadouts, WalkPlan, WalkState, compiled_walk
 from nestlearn.layers.decoding import advance_, without_autocast, writable
 from nestlearn.layers.readout import GatedReadout
@@ -411,16 +411,16 @@ class ChunkedMemory(nn.Module):
         return out.transpose(1, 2).flatten(2), memory
 
     def _plan(self, segments: tuple[Segment, ...]) -> WalkPlan:
-        scales = self._scales()
+        memory, scales = self.memory, self._scales()
         return WalkPlan(
             segments=segments,
             chunk_size=self.chunk_size,
             projection_chunk_size=self.projection_chunk_size,
             inner_rule=self.inner_rule,
             read=self.read,
-            hidden=self.memory.hidden,
-            narrow=self.memory.narrow,
-            scales=(*[scales.projections] * (len(self.memory.hidden) - 1), scales.main),
+            hidden=memory.hidden,
+            narrow=memory.narrow,
+            scales=(*[scales.projections] * (len(memory.hidden) - 1), scales.main),
             bound=self.write_bound,
             to_initial=self.retain_to == "initial",
             detach_every=self.detach_every,
@@ -539,32 +539,21 @@ class ChunkedMemoryLayer(ChunkedMemory):
 
     def _compiled_token(self, x: Tensor, state: State) -> Tensor:
         """`decode_step` in compiled code: the whole layer where it can, otherwise what lies between the slow weights."""
-        plan, gates, dtype = self._plan(()), self._gate_map(), state["inner"].dtype
-        weights = slow_weights(self.streams, gates, self.readout)
-        whole = weights is not None and fits(x, state, weights)
-        inputs = x
-        if not whole:
+        weights = slow_weights(self, x, state["convolution"])
+        inputs, dtype = x, state["inner"].dtype
+        if weights is None or x.dtype != dtype:
+            weights = None
             inputs, state["convolution"] = self._decode_inputs(x, state["convolution"])
         out = compiled_token_(
-            plan,
+            self._plan(()),
+            self,
             inputs.to(dtype),
-            self._gate_readouts(dtype),
-            self.memory.maps,
             state,
             heads=self.heads,
-            logits=0 if gates is None else gates.out_features // self.heads,
-            weights=weights if whole else None,
+            weights=weights,
             eps=self.readout.norm.eps,
         )
-        return out if whole else self.readout(out.to(x.dtype), x)
-
-    def _gate_map(self) -> nn.Linear | None:
-        """The linear map from x to the logits of all gates; None where memories make them."""
-        return None
-
-    def _gate_readouts(self, dtype: torch.dtype) -> Readouts:
-        """Read-outs and biases of the gates, as in `GateReadouts`; without the read-outs where `_gate_map` is one."""
-        raise NotImplementedError
+        return self.readout(out.to(x.dtype), x) if weights is None else out
 
     def _inputs(
         self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.functional.kernels.native import Token, run_token
+from nestlearn.functional.plain import held, is_plain, is_small, plain_weight
 from nestlearn.functional.rms_norm import RMSNorm
-from nestlearn.layers.compiled_walk import READS, RULES, Maps, WalkPlan
+from nestlearn.layers.compiled_walk import READS, RULES, WalkPlan
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.short_convolution import ShortConvolution
 from nestlearn.layers.streams import Streams
 
 State = dict[str, Tensor]
-Readouts = tuple[Tensor | None, ...]
 
-# From so many rows on, the matrix products of the library are faster than one row of weights after the other.
-MANY = 4
-PLAIN = (Streams, ShortConvolution, GatedReadout, RMSNorm, nn.Linear)
+READOUTS = ("gate_readout", "gate_bias", "retain_readout", "retain_bias", "momentum_readout", "momentum_bias")
+BASE = ("inner", "outer", "narrow_inner", "narrow_outer")
 MEMORIES = ("inner", "outer", "inner_snapshot", "outer_snapshot", "inner_momentum", "outer_momentum")
 
 
@@ -43,52 +42,46 @@ class SlowWeights(NamedTuple):
     output: Tensor
 
 
-def slow_weights(streams: Streams, gates: nn.Linear | None, readout: GatedReadout) -> SlowWeights | None:
-    """The weights of these modules, or None if one of them does more than what its class says."""
-    norm, gate, output = readout.norm, readout.gate, readout.output
-    projection, convolution = streams.projection, streams.convolution
-    for module in (streams, projection, convolution, readout, norm, gate, output, gates):
-        if module is not None and (type(module) not in PLAIN or module._forward_hooks or module._forward_pre_hooks):
-            return None
-    if not (projection.bias is gate.bias is output.bias is None and (gates is None or gates.bias is None)):
+def slow_weights(layer: nn.Module, x: Tensor, tail: Tensor) -> SlowWeights | None:
+    """Those of a layer of memories, if the compiled code takes x (B, 1, D) through all of it, beside the tail."""
+    if not is_small(x) or tail.dtype != x.dtype or not tail.is_contiguous():
         return None
-    given = None if gates is None else gates.weight
-    return SlowWeights(projection.weight, convolution.weight, given, norm.weight, gate.weight, output.weight)
-
-
-def fits(x: Tensor, state: State, weights: SlowWeights) -> bool:
-    """Whether the compiled code takes x (B, 1, D) through the whole layer: few rows, one dtype throughout."""
-    dtype = x.dtype
-    if len(x) >= MANY or dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
-        return False
-    return state["inner"].dtype == dtype and all(
-        t is None or (t.dtype == dtype and t.is_cpu and t.is_contiguous()) for t in (*weights, state["convolution"])
+    streams, readout, gates = (layer._modules.get(name) for name in ("streams", "readout", "gates"))
+    assert streams is not None and readout is not None
+    if not is_plain(streams, Streams) or not is_plain(readout, GatedReadout):
+        return None
+    weights = (
+        plain_weight(streams._modules["projection"], nn.Linear, x),
+        plain_weight(streams._modules["convolution"], ShortConvolution, x),
+        None if gates is None else plain_weight(gates, nn.Linear, x),
+        plain_weight(readout._modules["norm"], RMSNorm, x),
+        plain_weight(readout._modules["gate"], nn.Linear, x),
+        plain_weight(readout._modules["output"], nn.Linear, x),
     )
+    missing = sum(w is None for w in weights)
+    return None if missing > (gates is None) else SlowWeights(*weights)
 
 
 def compiled_token_(
     plan: WalkPlan,
+    layer: nn.Module,
     inputs: Tensor,
-    readouts: Readouts,
-    base: Maps,
     state: State,
     *,
     heads: int,
-    logits: int,
-    weights: SlowWeights | None = None,
-    eps: float = 0.0,
+    weights: SlowWeights | None,
+    eps: float,
 ) -> Tensor:
     """One token on the CPU, in fp32 or fp64; writes memories, position and, with weights, the convolution's tail.
 
     Args:
         plan: of no segments.
+        layer: whose memories, gates' read-outs and biases they are.
         inputs: x (B, 1, D) with weights, otherwise the streams and the gates' logits, (B, 1, S D + G H).
-        readouts: (H, K) and biases (H,) of the gates as in `GateReadouts`, six or None; biases alone where logits are given.
-        base: the initial memories, as `MLPMemory.maps`.
         state: of the layer, writable.
         heads: H.
-        logits: G, 0 where memories make them.
-        weights, eps: those of the whole layer, if the inputs are the layer's own; `eps` of the readout's norm.
+        weights: of the whole layer, if the inputs are the layer's own.
+        eps: of the readout's norm.
 
     Returns:
         the layer's output (B, 1, D) with weights, otherwise what the heads read, (B, H, 1, K).
@@ -97,57 +90,61 @@ def compiled_token_(
         ValueError: if the state does not fit the inputs.
     """
     rows, dtype = inputs.shape[0], inputs.dtype
+    memory = layer._modules["memory"]
+    assert memory is not None
+    momentum, own = bool(layer.momentum), plan.own_targets
+    wanted = (own, True, own and plan.retention, plan.retention, own and momentum, momentum)
+    given = [
+        inputs,
+        *(held(layer, name) if on else None for name, on in zip(READOUTS, wanted, strict=True)),
+        *(held(memory, name) for name in BASE),
+    ]
+    given = [t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in given]
+    pointers = [None if t is None else t.data_ptr() for t in given]
     memories, hidden = len(plan.hidden), max(plan.hidden)
-    key = base[1].shape[-2]
-    dim = heads * key
-    count = 4 if plan.own_targets else 3
-    inner, outer = (rows, heads, memories, hidden, key), (rows, heads, memories, key, hidden)
-    changing = [state.get(name) for name in MEMORIES]
-    for i, tensor in enumerate(changing):
-        if tensor is not None and (tensor.shape != (outer if i % 2 else inner) or tensor.dtype != dtype):
-            raise ValueError(
-                f"state: expected {MEMORIES[i]} as {dtype} of shape {outer if i % 2 else inner}, got {tensor.dtype} of "
-                f"shape {tuple(tensor.shape)}"
-            )
+    key = held(memory, "outer").shape[-2]  # type: ignore[union-attr]
+    dim, streams = heads * key, 4 if own else 3
+    changing = _pointers(state, rows, (heads, memories, hidden, key), dtype, 6 if momentum else 4)
     position, tail = state["position"], state["convolution"]
     if position.shape != (rows,) or position.dtype != torch.int64:
         raise ValueError(f"state: expected position as int64 of shape ({rows},), got {position.dtype} {position.shape}")
-    taps = tail.shape[1] + 1
-    given = [t if t is None else t.contiguous() for t in (inputs, *readouts, *base)]
     if weights is None:
-        out = inputs.new_empty(rows, heads, 1, key)
-        slow: tuple[int | None, ...] = (None,) * 6
+        out = torch.empty(rows, heads, 1, key, dtype=dtype)
+        slow: list[int | None] = [None] * len(SlowWeights._fields)
     else:
-        if tail.shape[0] != rows or tail.shape[2] != count * dim or weights.convolution.shape[0] != taps:
-            raise ValueError(f"state: expected a tail of {rows} rows, got shape {tuple(tail.shape)}")
-        out = inputs.new_empty(rows, 1, dim)
-        slow = tuple(None if w is None else w.data_ptr() for w in weights)
+        expected = (rows, weights.convolution.shape[0] - 1, streams * dim)
+        if tail.shape != expected or inputs.shape != (rows, 1, dim):
+            raise ValueError(
+                f"state: expected a convolution of shape {expected} beside one token (B, 1, {dim}), got "
+                f"{tuple(tail.shape)} beside {tuple(inputs.shape)}"
+            )
+        out = torch.empty(rows, 1, dim, dtype=dtype)
+        slow = [None if w is None else w.data_ptr() for w in weights]
     first, stop = plan.narrow
-    pointers = [None if t is None else t.data_ptr() for t in given]
     run_token(
         Token(
             rows=rows,
             heads=heads,
             memories=memories,
-            projections=memories - 1 if plan.own_targets else 0,
+            projections=memories - 1 if own else 0,
             narrow_first=first,
             narrow_stop=stop,
             key=key,
             hidden=hidden,
             narrow=plan.hidden[first],
             dim=dim,
-            streams=count,
-            logits=logits,
-            taps=taps,
+            streams=streams,
+            logits=0 if own else 2 + momentum,
+            taps=tail.shape[1] + 1,
             rule=RULES.index(plan.inner_rule),
             read=READS.index(plan.read),
             negative_eigenvalues=plan.negative_eigenvalues,
-            own_targets=plan.own_targets,
+            own_targets=own,
             main_residual=plan.residual_memory,
             adaptive_query=plan.adaptive_query,
             to_initial=plan.to_initial,
             has_retain=plan.retention,
-            has_momentum=changing[4] is not None,
+            has_momentum=momentum,
             threads=torch.get_num_threads(),
             wide=dtype == torch.float64,
             chunk=plan.chunk_size,
@@ -161,7 +158,7 @@ def compiled_token_(
             readouts=tuple(pointers[1:7]),
             base=tuple(pointers[7:9]),
             base_narrow=tuple(pointers[9:11]),
-            state=tuple(None if t is None else t.data_ptr() for t in changing),
+            state=tuple(changing),
             inputs=pointers[0],
             out=out.data_ptr(),
             projection=slow[0],
@@ -174,3 +171,22 @@ def compiled_token_(
         )
     )
     return out
+
+
+def _pointers(
+    state: State, rows: int, sizes: tuple[int, int, int, int], dtype: torch.dtype, count: int
+) -> list[int | None]:
+    """Those of the first `count` memories of a state, six or None, after a look at what they point to.
+
+    sizes: H, M, hidden, K.
+    """
+    heads, memories, hidden, key = sizes
+    inner, outer = (rows, heads, memories, hidden, key), (rows, heads, memories, key, hidden)
+    pointers: list[int | None] = [None] * len(MEMORIES)
+    for i, name in enumerate(MEMORIES[:count]):
+        tensor, expected = state.get(name), outer if i % 2 else inner
+        if tensor is None or tensor.shape != expected or tensor.dtype != dtype:
+            found = "none" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"state: expected {name} as {dtype} of shape {expected}, got {found}")
+        pointers[i] = tensor.data_ptr()
+    return pointers

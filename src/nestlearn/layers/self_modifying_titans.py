@@ -27,7 +27,6 @@ from nestlearn.layers.chunked_memory import (
     token_gates,
     write_gates,
 )
-from nestlearn.layers.compiled_token import Readouts
 from nestlearn.layers.compiled_walk import GateReadouts
 from nestlearn.layers.decoding import add_base
 from nestlearn.layers.readout import GatedReadout
@@ -160,14 +159,11 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             self.momentum_bias = nn.Parameter(torch.zeros(heads))
 
     def _walk_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor | None, GateReadouts | None]:
-        given = GateReadouts(*self._gate_readouts(inputs.dtype))  # type: ignore[arg-type]
-        return self.streams.split(inputs), None, given
-
-    def _gate_readouts(self, dtype: torch.dtype) -> Readouts:
         retain = (self.retain_readout, self.retain_bias) if self.retention else (None, None)
         momentum = (self.momentum_readout, self.momentum_bias) if self.momentum else (None, None)
         readouts = (self.gate_readout, self.gate_bias, *retain, *momentum)
-        return tuple(None if r is None else r.to(dtype) for r in readouts)
+        given = GateReadouts(*(None if r is None else r.to(inputs.dtype) for r in readouts))  # type: ignore[arg-type]
+        return self.streams.split(inputs), None, given
 
     def _walk_options(self) -> dict[str, Any]:
         return {

@@ -24,7 +24,6 @@ from nestlearn.layers.chunked_memory import (
     token_gates,
     write_gates,
 )
-from nestlearn.layers.compiled_token import Readouts
 from nestlearn.layers.compiled_walk import GateReadouts
 from nestlearn.layers.decoding import add_base
 from nestlearn.layers.readout import GatedReadout
@@ -101,13 +100,6 @@ class Titans(ChunkedMemoryLayer):
         biases: list[Tensor] = [self.gate_bias, self.retain_bias, *([self.momentum_bias] if self.momentum else [])]
         logits = logits + torch.stack(biases)[:, None, :, None]
         return normalize(self.streams.split(inputs[..., :width])), logits, None
-
-    def _gate_map(self) -> nn.Linear:
-        return self.gates
-
-    def _gate_readouts(self, dtype: torch.dtype) -> Readouts:
-        biases = (self.gate_bias, self.retain_bias, self.momentum_bias if self.momentum else None)
-        return tuple(r if r is None else r.to(dtype) for bias in biases for r in (None, bias))
 
     def _walk_options(self) -> dict[str, Any]:
         return {

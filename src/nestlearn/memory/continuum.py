@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.functional.kernels.native import run_level, unavailable
+from nestlearn.functional.plain import is_plain, is_small, plain_weight
 from nestlearn.functional.rms_norm import RMSNorm
 
 Variant = Literal["sequential", "independent", "nested"]
@@ -33,6 +35,26 @@ class MLPLevel(nn.Module):
         """(..., D) -> (..., D)."""
         down: Tensor = self.down(F.gelu(self.up(self.norm(x))))
         return down
+
+    @torch.no_grad()
+    def decode_step(self, x: Tensor) -> Tensor:
+        """x + level(x) of one token, x (B, D), without gradients."""
+        if not is_small(x) or unavailable() is not None:
+            return x + self(x)
+        norm, up, down = (self._modules[name] for name in ("norm", "up", "down"))
+        assert norm is not None and up is not None and down is not None
+        weights = (
+            plain_weight(norm, RMSNorm, x),
+            plain_weight(up, nn.Linear, x),
+            plain_weight(down, nn.Linear, x),
+        )
+        if not is_plain(self, MLPLevel) or any(w is None for w in weights):
+            return x + self(x)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        sizes = (*x.shape, weights[1].shape[0], torch.get_num_threads(), x.dtype == torch.float64)
+        run_level(*(t.data_ptr() for t in (x, *weights, out)), sizes=sizes, eps=norm.eps)
+        return out
 
 
 class ContinuumMemory(nn.Module):
@@ -77,6 +99,14 @@ class ContinuumMemory(nn.Module):
             return x + sum(w * level(x) for w, level in zip(self.weights, self.levels, strict=True))
         for level in self.levels:
             x = x + level(x)
+        return x
+
+    def decode_step(self, x: Tensor) -> Tensor:
+        """One token, x (B, D) -> (B, D), without gradients. Otherwise equal to `forward`."""
+        if self.variant == "independent":
+            return self(x)
+        for level in self.levels:
+            x = level.decode_step(x)
         return x
 
 

@@ -1,4 +1,4 @@
-"""The walk of two-layer memories, and one token of it, in C++ for the CPU, built with the machine's own compiler when it is first needed.
+"""The walk of two-layer memories, and decoding, in C++ for the CPU, built with the machine's own compiler when it is first needed.
 
 The library is kept in `$XDG_CACHE_HOME/nestlearn` (by default `~/.cache/nestlearn`), named by a digest of the sources,
 the compiler and the processor. Where there is no compiler, `unavailable()` says so, and the layers take the form that
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("walk.cpp", "token.cpp", "gates.h", "linear.h")
+SOURCES = ("walk.cpp", "token.cpp", "level.cpp", "gates.h", "vector.h", "linear.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 # Set to anything, this keeps the compiler from being called.
 SWITCH = "NESTLEARN_NO_COMPILER"
@@ -112,6 +112,15 @@ def run_token(token: Token) -> None:
     _library().nestlearn_token(ctypes.byref(token))
 
 
+def run_level(x: int, norm: int, up: int, down: int, out: int, *, sizes: tuple[int, ...], eps: float) -> None:
+    """Runs the MLP of level.cpp; pointers, and sizes: rows, dim, hidden, threads, and 1 for fp64 or 0 for fp32.
+
+    Raises:
+        Unavailable: if there is no compiled library.
+    """
+    _library().nestlearn_level(*sizes, eps, x, norm, up, down, out)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     if os.environ.get(SWITCH):
@@ -135,6 +144,8 @@ def _library() -> ctypes.CDLL:
     library.nestlearn_walk.restype = None
     library.nestlearn_token.argtypes = [ctypes.POINTER(Token)]
     library.nestlearn_token.restype = None
+    library.nestlearn_level.argtypes = [ctypes.c_int32] * 5 + [ctypes.c_double] + [ctypes.c_void_p] * 5
+    library.nestlearn_level.restype = None
     sizes = library.nestlearn_walk_size(), library.nestlearn_token_size()
     if sizes != (ctypes.sizeof(Walk), ctypes.sizeof(Token)):
         raise Unavailable("the compiled library and this module disagree about the arguments' layout")
