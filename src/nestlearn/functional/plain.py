@@ -17,14 +17,14 @@ def held(module: nn.Module, name: str) -> Tensor | None:
     return found
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether a module is of exactly this class and has no hooks."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    return module is not None and type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
-def plain_weight(module: nn.Module, kind: type[nn.Module], like: Tensor) -> Tensor | None:
+def plain_weight(module: nn.Module | None, kind: type[nn.Module], like: Tensor) -> Tensor | None:
     """The weight of a plain module without bias, if compiled code can read it beside `like`, a tensor on the CPU."""
-    if not is_plain(module, kind) or module._parameters.get("bias") is not None:
+    if module is None or not is_plain(module, kind) or module._parameters.get("bias") is not None:
         return None
     weight = held(module, "weight")
     if weight is None or weight.dtype != like.dtype or not weight.is_cpu or not weight.is_contiguous():

@@ -538,7 +538,7 @@ class ChunkedMemoryLayer(ChunkedMemory):
         return self.readout(o.unsqueeze(2).to(x.dtype), x), state
 
     def _compiled_token(self, x: Tensor, state: State) -> Tensor:
-        """`decode_step` in compiled code: the whole layer where it can, otherwise what lies between the slow weights."""
+        """`decode_step` in compiled code: all of the layer where it can, otherwise the memories alone."""
         weights = slow_weights(self, x, state["convolution"])
         inputs, dtype = x, state["inner"].dtype
         if weights is None or x.dtype != dtype:

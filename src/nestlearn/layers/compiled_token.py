@@ -47,19 +47,18 @@ def slow_weights(layer: nn.Module, x: Tensor, tail: Tensor) -> SlowWeights | Non
     if not is_small(x) or tail.dtype != x.dtype or not tail.is_contiguous():
         return None
     streams, readout, gates = (layer._modules.get(name) for name in ("streams", "readout", "gates"))
-    assert streams is not None and readout is not None
     if not is_plain(streams, Streams) or not is_plain(readout, GatedReadout):
         return None
-    weights = (
-        plain_weight(streams._modules["projection"], nn.Linear, x),
-        plain_weight(streams._modules["convolution"], ShortConvolution, x),
-        None if gates is None else plain_weight(gates, nn.Linear, x),
-        plain_weight(readout._modules["norm"], RMSNorm, x),
-        plain_weight(readout._modules["gate"], nn.Linear, x),
-        plain_weight(readout._modules["output"], nn.Linear, x),
+    inside = streams._modules | readout._modules  # type: ignore[union-attr]
+    projection, gate, output = (plain_weight(inside[name], nn.Linear, x) for name in ("projection", "gate", "output"))
+    convolution = plain_weight(inside["convolution"], ShortConvolution, x)
+    norm = plain_weight(inside["norm"], RMSNorm, x)
+    given = plain_weight(gates, nn.Linear, x)
+    if projection is None or convolution is None or norm is None or gate is None or output is None:
+        return None
+    return (
+        None if given is None and gates is not None else SlowWeights(projection, convolution, given, norm, gate, output)
     )
-    missing = sum(w is None for w in weights)
-    return None if missing > (gates is None) else SlowWeights(*weights)
 
 
 def compiled_token_(
@@ -70,7 +69,7 @@ def compiled_token_(
     *,
     heads: int,
     weights: SlowWeights | None,
-    eps: float,
+    eps: float | None,
 ) -> Tensor:
     """One token on the CPU, in fp32 or fp64; writes memories, position and, with weights, the convolution's tail.
 
@@ -153,7 +152,7 @@ def compiled_token_(
             largest_gate=plan.largest_gate,
             scale=plan.scales[-1],
             projection_scale=plan.scales[0],
-            eps=eps,
+            eps=eps or 0.0,
             position=position.data_ptr(),
             readouts=tuple(pointers[1:7]),
             base=tuple(pointers[7:9]),

@@ -39,21 +39,16 @@ class MLPLevel(nn.Module):
     @torch.no_grad()
     def decode_step(self, x: Tensor) -> Tensor:
         """x + level(x) of one token, x (B, D), without gradients."""
-        if not is_small(x) or unavailable() is not None:
-            return x + self(x)
-        norm, up, down = (self._modules[name] for name in ("norm", "up", "down"))
-        assert norm is not None and up is not None and down is not None
-        weights = (
-            plain_weight(norm, RMSNorm, x),
-            plain_weight(up, nn.Linear, x),
-            plain_weight(down, nn.Linear, x),
-        )
-        if not is_plain(self, MLPLevel) or any(w is None for w in weights):
+        inside = self._modules
+        norm = plain_weight(inside["norm"], RMSNorm, x)
+        up, down = (plain_weight(inside[name], nn.Linear, x) for name in ("up", "down"))
+        plain = is_small(x) and is_plain(self, MLPLevel) and unavailable() is None
+        if not plain or norm is None or up is None or down is None:
             return x + self(x)
         x = x.contiguous()
         out = torch.empty_like(x)
-        sizes = (*x.shape, weights[1].shape[0], torch.get_num_threads(), x.dtype == torch.float64)
-        run_level(*(t.data_ptr() for t in (x, *weights, out)), sizes=sizes, eps=norm.eps)
+        sizes = (*x.shape, up.shape[0], torch.get_num_threads(), x.dtype == torch.float64)
+        run_level(*(t.data_ptr() for t in (x, norm, up, down, out)), sizes=sizes, eps=self.norm.eps or 0.0)
         return out
 
 
@@ -104,9 +99,10 @@ class ContinuumMemory(nn.Module):
     def decode_step(self, x: Tensor) -> Tensor:
         """One token, x (B, D) -> (B, D), without gradients. Otherwise equal to `forward`."""
         if self.variant == "independent":
-            return self(x)
+            mixed: Tensor = self(x)
+            return mixed
         for level in self.levels:
-            x = level.decode_step(x)
+            x = level.decode_step(x)  # type: ignore[operator]
         return x
 
 

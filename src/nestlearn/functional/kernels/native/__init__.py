@@ -1,8 +1,8 @@
-"""The walk of two-layer memories, and decoding, in C++ for the CPU, built with the machine's own compiler when it is first needed.
+"""The walk of two-layer memories, and decoding, in C++ for the CPU.
 
-The library is kept in `$XDG_CACHE_HOME/nestlearn` (by default `~/.cache/nestlearn`), named by a digest of the sources,
-the compiler and the processor. Where there is no compiler, `unavailable()` says so, and the layers take the form that
-is written in PyTorch operations.
+It is built with the machine's own compiler when it is first needed. The library is kept in `$XDG_CACHE_HOME/nestlearn`
+(by default `~/.cache/nestlearn`), named by a digest of the sources, the compiler and the processor. Where there is no
+compiler, `unavailable()` says so, and the layers take the form that is written in PyTorch operations.
 """
 
 from __future__ import annotations
