@@ -56,9 +56,12 @@ def slow_weights(layer: nn.Module, x: Tensor, tail: Tensor) -> SlowWeights | Non
     given = plain_weight(gates, nn.Linear, x)
     if projection is None or convolution is None or norm is None or gate is None or output is None:
         return None
-    return (
-        None if given is None and gates is not None else SlowWeights(projection, convolution, given, norm, gate, output)
-    )
+    if given is None and gates is not None:
+        return None
+    channels, dim = projection.shape
+    if dim != x.shape[-1] or convolution.shape[1] != channels or not gate.shape == output.shape == (dim, dim):
+        return None
+    return SlowWeights(projection, convolution, given, norm, gate, output)
 
 
 def compiled_token_(
