@@ -22,11 +22,12 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if torch.is_grad_enabled() or x.numel() > SMALL or x.dtype != self.weight.dtype or x.dtype.itemsize < 4:
-            return rms_norm(x, self.weight, self.eps)
+        weight = self.weight
+        if torch.is_grad_enabled() or x.numel() > SMALL or x.dtype != weight.dtype or x.dtype.itemsize < 4:
+            return rms_norm(x, weight, self.eps)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         eps = constant(self.eps, x.dtype, x.device)
-        return (x * self.weight).mul_(torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_())
+        return (x * weight).mul_(torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_())
 
 
 def normalize_token(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from nestlearn.functional.associative import chunk_decay
 from nestlearn.functional.constants import constant
 from nestlearn.functional.kernels.native import unavailable
-from nestlearn.layers.compiled_walk import GateReadouts, WalkPlan, WalkState, compiled_walk, compiled_walk_
+from nestlearn.layers.compiled_token import compiled_token_, slow_weights
+from nestlearn.layers.compiled_walk import GateReadouts, WalkPlan, WalkState, compiled_walk
 from nestlearn.layers.decoding import advance_, without_autocast, writable
 from nestlearn.layers.readout import GatedReadout
 from nestlearn.layers.streams import Streams
@@ -409,26 +410,17 @@ class ChunkedMemory(nn.Module):
             out = torch.cat([out, *made], dim=-1)
         return out.transpose(1, 2).flatten(2), memory
 
-    def _compiled_token(self, inputs: Tensor, memory: MemoryState, position: Tensor) -> Tensor:
-        """One token in compiled code, (B, 1, ...) -> (B, H, 1, V); memories and position are written in place."""
-        position.add_(1)
-        segment = Segment(0, 1, position, None, None, None)
-        streams, logits, readouts = self._walk_inputs(inputs)
-        out = compiled_walk_(self._plan((segment,)), streams, logits, readouts, self.memory.maps, WalkState(*memory))
-        position.remainder_(max(self.chunk_size, self.projection_chunk_size))
-        return out
-
     def _plan(self, segments: tuple[Segment, ...]) -> WalkPlan:
-        scales = self._scales()
+        memory, scales = self.memory, self._scales()
         return WalkPlan(
             segments=segments,
             chunk_size=self.chunk_size,
             projection_chunk_size=self.projection_chunk_size,
             inner_rule=self.inner_rule,
             read=self.read,
-            hidden=self.memory.hidden,
-            narrow=self.memory.narrow,
-            scales=(*[scales.projections] * (len(self.memory.hidden) - 1), scales.main),
+            hidden=memory.hidden,
+            narrow=memory.narrow,
+            scales=(*[scales.projections] * (len(memory.hidden) - 1), scales.main),
             bound=self.write_bound,
             to_initial=self.retain_to == "initial",
             detach_every=self.detach_every,
@@ -530,13 +522,12 @@ class ChunkedMemoryLayer(ChunkedMemory):
     def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token x (B, 1, D) -> (B, 1, D) without gradients; overwrites `state`. Otherwise equal to `forward`."""
         state = writable(state)
+        if self._form(x.device) == "cpp":
+            return self._compiled_token(x, state), state
         memory = MemoryState.of(state)
         inputs, state["convolution"] = self._decode_inputs(x, state["convolution"])
         with without_autocast(x.device.type):
-            inputs = inputs.to(memory.running.inner.dtype)
-            if self._form(x.device) == "cpp":
-                return self.readout(self._compiled_token(inputs, memory, state["position"]).to(x.dtype), x), state
-            o = self._token(inputs[:, 0], memory)
+            o = self._token(inputs[:, 0].to(memory.running.inner.dtype), memory)
         advance_(
             state["position"],
             memory.running,
@@ -545,6 +536,24 @@ class ChunkedMemoryLayer(ChunkedMemory):
             projection_chunk_size=self.projection_chunk_size,
         )
         return self.readout(o.unsqueeze(2).to(x.dtype), x), state
+
+    def _compiled_token(self, x: Tensor, state: State) -> Tensor:
+        """`decode_step` in compiled code: all of the layer where it can, otherwise the memories alone."""
+        weights = slow_weights(self, x, state["convolution"])
+        inputs, dtype = x, state["inner"].dtype
+        if weights is None or x.dtype != dtype:
+            weights = None
+            inputs, state["convolution"] = self._decode_inputs(x, state["convolution"])
+        out = compiled_token_(
+            self._plan(()),
+            self,
+            inputs.to(dtype),
+            state,
+            heads=self.heads,
+            weights=weights,
+            eps=self.readout.norm.eps,
+        )
+        return self.readout(out.to(x.dtype), x) if weights is None else out
 
     def _inputs(
         self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, document_starts: Tensor | None

@@ -118,27 +118,6 @@ def compiled_walk(
     return out, WalkState(running, snapshot, momentum), made
 
 
-def compiled_walk_(
-    plan: WalkPlan,
-    streams: Tensor,
-    logits: Tensor | None,
-    readouts: GateReadouts | None,
-    base: Maps,
-    state: WalkState,
-) -> Tensor:
-    """`compiled_walk` without gradients, which writes the given state in place; returns the outputs alone."""
-    given = [streams, logits, *(readouts or (None,) * 6), *base]
-    tensors = [None if t is None else t.detach().contiguous() for t in given]
-    states: list[Tensor | None] = [*state.running, *state.snapshot, *(state.momentum or (None, None))]
-    out = streams.new_empty(*streams.shape[1:4], base[1].shape[-2])
-    walk, alive = _arguments(plan, [*tensors, *states])
-    walk.out = out.data_ptr()
-    _point(walk.after, states)
-    run_walk(walk, backward=False)
-    del alive
-    return out
-
-
 class _CompiledWalk(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.functional.kernels.native import run_level, unavailable
+from nestlearn.functional.plain import is_plain, is_small, plain_weight
 from nestlearn.functional.recomputed import bare, mlp_behind_norm, recomputable
 from nestlearn.functional.rms_norm import RMSNorm
 
@@ -37,6 +39,23 @@ class MLPLevel(nn.Module):
             return mlp_behind_norm(x, *weights, self.norm.eps)
         down: Tensor = self.down(F.gelu(self.up(self.norm(x))))
         return down
+
+    @torch.no_grad()
+    def decode_step(self, x: Tensor) -> Tensor:
+        """x + level(x) of one token, x (B, D), without gradients."""
+        inside = self._modules
+        norm = plain_weight(inside["norm"], RMSNorm, x)
+        up, down = (plain_weight(inside[name], nn.Linear, x) for name in ("up", "down"))
+        plain = is_small(x) and is_plain(self, MLPLevel) and unavailable() is None
+        if not plain or norm is None or up is None or down is None:
+            return x + self(x)
+        if up.shape[1:] != x.shape[1:] or down.shape != up.shape[::-1] or norm.shape != x.shape[1:]:
+            return x + self(x)  # which says what is wrong
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        sizes = (*x.shape, up.shape[0], torch.get_num_threads(), x.dtype == torch.float64)
+        run_level(*(t.data_ptr() for t in (x, norm, up, down, out)), sizes=sizes, eps=self.norm.eps or 0.0)
+        return out
 
 
 class ContinuumMemory(nn.Module):
@@ -81,6 +100,15 @@ class ContinuumMemory(nn.Module):
             return x + sum(w * level(x) for w, level in zip(self.weights, self.levels, strict=True))
         for level in self.levels:
             x = x + level(x)
+        return x
+
+    def decode_step(self, x: Tensor) -> Tensor:
+        """One token, x (B, D) -> (B, D), without gradients. Otherwise equal to `forward`."""
+        if self.variant == "independent" or not is_plain(self, ContinuumMemory):
+            mixed: Tensor = self(x)
+            return mixed
+        for level in self.levels:
+            x = level.decode_step(x)  # type: ignore[operator]
         return x
 
 

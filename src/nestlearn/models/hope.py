@@ -71,9 +71,10 @@ class HopeBlock(nn.Module):
 
     def decode_step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token, x (B, D), by the mixer's own fast path where it has one."""
-        step = getattr(self.mixer, "decode_step", self.mixer)
+        mixer = self.mixer
+        step = getattr(mixer, "decode_step", mixer)
         mixed, state = step(self.norm(x).unsqueeze(1), state)
-        return self.memory_system(x + mixed[:, 0]), state
+        return self.memory_system.decode_step(x + mixed[:, 0]), state
 
 
 class HopeLM(nn.Module):

@@ -1,5 +1,5 @@
-"""C++ for the CPU, built with the machine's own compiler when it is first needed: the walk of two-layer memories here,
-and what stands between matrix products in `elementwise`.
+"""C++ for the CPU, built with the machine's own compiler when it is first needed: the walk of two-layer memories and
+decoding here, and what stands between matrix products in `elementwise`.
 
 The libraries are kept in `$XDG_CACHE_HOME/nestlearn` (by default `~/.cache/nestlearn`), named by a digest of the
 sources, the compiler and the processor. Where there is no compiler, `unavailable()` says so, and all is computed in
@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("walk.cpp", "gates.h", "linear.h")
+SOURCES = ("walk.cpp", "token.cpp", "level.cpp", "gates.h", "vector.h", "linear.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 # Set to anything, this keeps the compiler from being called.
 SWITCH = "NESTLEARN_NO_COMPILER"
@@ -27,6 +27,12 @@ _SIZES = (
     "rows", "heads", "memories", "projections", "narrow_first", "narrow_stop", "key", "hidden", "value", "chunk",
     "segments", "places", "rule", "read", "negative_eigenvalues", "own_targets", "main_residual", "adaptive_query",
     "to_initial", "has_retain", "has_momentum", "detach_every", "keep", "threads", "wide",
+)  # fmt: skip
+
+_TOKEN_SIZES = (
+    "rows", "heads", "memories", "projections", "narrow_first", "narrow_stop", "key", "hidden", "narrow", "dim",
+    "streams", "logits", "taps", "rule", "read", "negative_eigenvalues", "own_targets", "main_residual",
+    "adaptive_query", "to_initial", "has_retain", "has_momentum", "threads", "wide", "chunk", "projection_chunk",
 )  # fmt: skip
 
 
@@ -60,6 +66,22 @@ class Walk(ctypes.Structure):
     ]
 
 
+class Token(ctypes.Structure):
+    """The arguments of one token; token.cpp says what each is."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in _TOKEN_SIZES),
+        *((name, ctypes.c_double) for name in ("bound", "largest_gate", "scale", "projection_scale", "eps")),
+        ("position", ctypes.c_void_p),
+        ("readouts", ctypes.c_void_p * 6),
+        ("base", ctypes.c_void_p * 2),
+        ("base_narrow", ctypes.c_void_p * 2),
+        ("state", ctypes.c_void_p * 6),
+        *((name, ctypes.c_void_p) for name in ("inputs", "out", "projection", "convolution", "gates", "tail")),
+        *((name, ctypes.c_void_p) for name in ("norm", "gate", "output")),
+    ]
+
+
 class Unavailable(RuntimeError):
     """The compiled walk cannot be used here; the message says why."""
 
@@ -82,18 +104,40 @@ def run_walk(walk: Walk, *, backward: bool) -> None:
     _library().nestlearn_walk(ctypes.byref(walk), int(backward))
 
 
+def run_token(token: Token) -> None:
+    """Runs one token on the memory that the arguments point to.
+
+    Raises:
+        Unavailable: if there is no compiled library.
+    """
+    _library().nestlearn_token(ctypes.byref(token))
+
+
+def run_level(x: int, norm: int, up: int, down: int, out: int, *, sizes: tuple[int, ...], eps: float) -> None:
+    """Runs the MLP of level.cpp; pointers, and sizes: rows, dim, hidden, threads, and 1 for fp64 or 0 for fp32.
+
+    Raises:
+        Unavailable: if there is no compiled library.
+    """
+    _library().nestlearn_level(*sizes, eps, x, norm, up, down, out)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = load(*SOURCES)
     library.nestlearn_walk.argtypes = [ctypes.POINTER(Walk), ctypes.c_int32]
     library.nestlearn_walk.restype = None
-    if library.nestlearn_walk_size() != ctypes.sizeof(Walk):
+    library.nestlearn_token.argtypes = [ctypes.POINTER(Token)]
+    library.nestlearn_token.restype = None
+    library.nestlearn_level.argtypes = [ctypes.c_int32] * 5 + [ctypes.c_double] + [ctypes.c_void_p] * 5
+    library.nestlearn_level.restype = None
+    if (library.nestlearn_walk_size(), library.nestlearn_token_size()) != (ctypes.sizeof(Walk), ctypes.sizeof(Token)):
         raise Unavailable("the compiled library and this module disagree about the arguments' layout")
     return library
 
 
 def load(*sources: str) -> ctypes.CDLL:
-    """The library of a source file of this folder, named first, and of what it includes; built at the first call.
+    """The library of source files of this folder, and of what they include; built at the first call.
 
     Raises:
         Unavailable: if it cannot be built or loaded here.
@@ -110,27 +154,29 @@ def load(*sources: str) -> ctypes.CDLL:
     digest.update(" ".join([compiler, *FLAGS, _describe_machine(compiler)]).encode())
     target = _cache() / f"{Path(sources[0]).stem}-{digest.hexdigest()}.so"
     if not target.exists():
-        _build(compiler, folder / sources[0], target)
+        _build(compiler, [folder / name for name in sources if name.endswith(".cpp")], target)
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise Unavailable(f"{target} does not load ({error}); delete it to build it again") from error
 
 
-def _build(compiler: str, source: Path, target: Path) -> None:
+def _build(compiler: str, sources: list[Path], target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             # Built aside and moved, so that processes that build at once never load half a file.
             built = Path(folder) / target.name
-            command = [compiler, *FLAGS, "-o", str(built), str(source)]
+            command = [compiler, *FLAGS, "-o", str(built), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines()
                 raise Unavailable(f"{compiler} failed: {lines[0] if lines else f'exit {done.returncode}'}")
             built.replace(target)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{source.name} could not be built with {compiler} in {target.parent}: {error}") from error
+        raise Unavailable(
+            f"{sources[0].name} could not be built with {compiler} in {target.parent}: {error}"
+        ) from error
 
 
 def _describe_machine(compiler: str) -> str:

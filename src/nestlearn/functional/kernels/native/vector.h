@@ -1,0 +1,110 @@
+// Products of large matrices with few vectors, and the threads that share them.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "linear.h"
+
+// ---- products of a matrix and a vector ----
+
+// sums[r] = <row r of a, x>, r < R, rows ld apart.
+template <int R, typename T>
+inline void dots(int n, const T* a, std::ptrdiff_t ld, const T* x, T* sums) {
+  typedef typename Simd<T>::type vec;
+  constexpr int w = Simd<T>::width;
+  vec acc[R] = {};
+  int i = 0;
+  for (; i + w <= n; i += w) {
+    const vec xi = *reinterpret_cast<const vec*>(x + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r] += *reinterpret_cast<const vec*>(a + r * ld + i) * xi;
+  }
+  T part[R];
+#ifdef __AVX__
+  if constexpr (R == 4 && sizeof(T) == 4) {
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps((__m256)acc[0], (__m256)acc[1]),
+                                        _mm256_hadd_ps((__m256)acc[2], (__m256)acc[3]));
+    _mm_storeu_ps((float*)part, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+  } else
+#endif
+    for (int r = 0; r < R; ++r) {
+      part[r] = 0;
+      for (int j = 0; j < w; ++j) part[r] += acc[r][j];
+    }
+  for (int r = 0; r < R; ++r) {
+    for (int j = i; j < n; ++j) part[r] += a[r * ld + j] * x[j];
+    sums[r] = part[r];
+  }
+}
+
+// y[j] = [y[j] +] <row j of a, x> for `count` rows of length n.
+template <typename T>
+void times(int count, int n, const T* a, std::ptrdiff_t ld, const T* x, T* y, bool add = false) {
+  int j = 0;
+  T sums[4];
+  for (; j + 4 <= count; j += 4) {
+    dots<4>(n, a + j * ld, ld, x, sums);
+    for (int r = 0; r < 4; ++r) y[j + r] = add ? y[j + r] + sums[r] : sums[r];
+  }
+  for (; j < count; ++j) {
+    dots<1>(n, a + j * ld, ld, x, sums);
+    y[j] = add ? y[j] + sums[0] : sums[0];
+  }
+}
+
+// y (n) = x A, with A (count x n).
+template <typename T>
+void times_transposed(int count, int n, const T* a, std::ptrdiff_t ld, const T* x, T* y) {
+  gemm<T>(1, n, count, x, count, 1, a, int(ld), y, n);
+}
+
+// ---- threads ----
+
+// The pool of the caller's own OpenMP runtime, where there is one in the process: its threads are awake already.
+using Pool = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// With fewer pieces of work than this it takes longer to start a thread of our own than to do its part.
+constexpr int enough = 64;
+
+template <typename F>
+struct Shared {
+  const F& each;
+  int count;
+  std::atomic<int> next{0};
+  static void work(void* p) {
+    Shared& s = *static_cast<Shared*>(p);
+    for (int i; (i = s.next++) < s.count;) s.each(i);
+  }
+};
+
+template <typename F>
+void parallel(int threads, int count, const F& each) {
+  static const Pool pool = reinterpret_cast<Pool>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  Shared<F> shared{each, count};
+  threads = std::min(threads, count);
+  if (threads > 1 && pool) return pool(&Shared<F>::work, &shared, unsigned(threads), 0);
+  std::vector<std::thread> helpers;
+  for (int i = 1; i < threads && count >= enough; ++i) helpers.emplace_back(Shared<F>::work, &shared);
+  Shared<F>::work(&shared);
+  for (auto& helper : helpers) helper.join();
+}
+
+// Rows of a large matrix that one thread takes at once.
+constexpr int share = 64;
+
+// y (rows x count) = then(row, column, x A^T), with x (rows x n) and A (count x n).
+template <typename T, typename F>
+void apply(int threads, int rows, int count, int n, const T* a, const T* x, T* y, const F& then) {
+  parallel(threads, (count + share - 1) / share, [&](int piece) {
+    const int first = piece * share, last = std::min(count, first + share);
+    for (int row = 0; row < rows; ++row) {
+      T* to = y + std::ptrdiff_t(row) * count;
+      times(last - first, n, a + std::ptrdiff_t(first) * n, n, x + std::ptrdiff_t(row) * n, to + first);
+      for (int j = first; j < last; ++j) to[j] = then(row, j, to[j]);
+    }
+  });
+}
