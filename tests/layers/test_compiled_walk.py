@@ -224,3 +224,26 @@ def test_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: An
     finally:
         monkeypatch.undo()
         native._library.cache_clear()
+
+
+@pytest.mark.parametrize("gate_hidden_ratio", [0.25, 1.0])
+@pytest.mark.parametrize("part", ["y", "inner"])
+def test_gradients_of_one_result_alone(part: str, gate_hidden_ratio: float) -> None:
+    layer = stir(
+        SelfModifyingTitans(
+            DIM, HEADS, **{**DEFAULTS, "gate_hidden_ratio": gate_hidden_ratio, "momentum": True}
+        ).double()
+    )
+    x = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
+    found = []
+    for backend in ("torch", "cpp"):
+        layer.backend = backend  # type: ignore[assignment]
+        y, state = layer(x)
+        result = y if part == "y" else state["inner"]
+        weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (result * weights * (result.detach() != 0)).sum().backward()
+        found.append([x.grad, *(p.grad for p in layer.memory.parameters())])
+        x.grad = None
+        layer.zero_grad()
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)

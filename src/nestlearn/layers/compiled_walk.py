@@ -147,13 +147,15 @@ class _CompiledWalk(torch.autograd.Function):
         run_walk(walk, backward=False)
         del alive
         if keep:
+            # Most often nobody asks for the gradient of the last state, and zeros would have to be written for it.
+            ctx.set_materialize_grads(False)
             ctx.plan = plan
             ctx.present = [t is not None for t in (*tensors, *saved)]
             ctx.save_for_backward(*(t for t in (*tensors, *saved) if t is not None))
         return (out, made, *after)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_made: Tensor | None, *d_after: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, d_made: Tensor | None, *d_after: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 'the compiled walk is differentiable once, and create_graph=True asks for more: set backend="torch" in '
@@ -174,6 +176,8 @@ class _CompiledWalk(torch.autograd.Function):
         d_base = [None if w is None else w.new_zeros(rows, *w.shape) for w in tensors[BASE]]
         d_state = [None if w is None else torch.empty_like(w) for w in states]
         given = [None if g is None else g.contiguous() for g in d_after]
+        if d_out is None:
+            d_out = streams.new_zeros(*streams.shape[1:4], tensors[9].shape[-2])  # type: ignore[union-attr]
         d_out = d_out.contiguous()
         walk.d_out = d_out.data_ptr()
         d_made = None if d_made is None else d_made.contiguous()

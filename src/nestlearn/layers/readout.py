@@ -25,8 +25,8 @@ class GatedReadout(nn.Module):
     def forward(self, o: Tensor, x: Tensor) -> Tensor:
         """o (B, H, T, Dh) from the heads, x (B, T, D) the input of the layer -> (B, T, D)."""
         o = o.transpose(1, 2).to(self.norm.weight.dtype)  # autocast leaves o in half precision
-        gate, weights = self.gate(x), (self.norm.weight, self.output.weight)
-        if bare(self.norm, self.output) and recomputable(o, gate, *weights):
-            return gated_output(o, weights[0], gate, weights[1], self.norm.eps)
+        gate = self.gate(x)
+        if bare(self.norm, self.output) and recomputable(o, gate, self.norm.weight, self.output.weight):
+            return gated_output(o, self.norm.weight, gate, self.output.weight, self.norm.eps)
         y: Tensor = self.output(self.norm(o).flatten(2) * F.silu(gate))
         return y

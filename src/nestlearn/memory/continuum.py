@@ -34,9 +34,10 @@ class MLPLevel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        weights = self.norm.weight, self.up.weight, self.down.weight
-        if bare(self.norm, self.up, self.down) and recomputable(x, *weights):
-            return mlp_behind_norm(x, *weights, self.norm.eps)
+        if bare(self.norm, self.up, self.down):
+            weights = self.norm.weight, self.up.weight, self.down.weight
+            if recomputable(x, *weights):
+                return mlp_behind_norm(x, *weights, self.norm.eps)
         down: Tensor = self.down(F.gelu(self.up(self.norm(x))))
         return down
 

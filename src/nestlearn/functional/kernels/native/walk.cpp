@@ -273,18 +273,25 @@ class Task {
         copy(from + at(1, m) + std::ptrdiff_t(v) * width, to + std::ptrdiff_t(v) * w.hidden, width);
     }
   }
-  // Six tensors like a state, in this task's form: the caller's own where all memories are as wide, or copies.
+  // Six tensors like a state, in this task's form: the caller's own where all memories are as wide, or copies. What is
+  // not given is zero.
   void open(const void* const* from, void* const* into, T** here) {
     for (int i = 0; i < 6; ++i) {
       here[i] = nullptr;
       if (!into[i]) continue;
       if (even) {
         here[i] = of(into[i], i % 2);
-        if (from[i] != into[i]) copy(of(from[i], i % 2), here[i], total(i % 2));
+        if (!from[i])
+          std::fill(here[i], here[i] + total(i % 2), T(0));
+        else if (from[i] != into[i])
+          copy(of(from[i], i % 2), here[i], total(i % 2));
       } else {
         local[i].resize(total(i % 2));
         here[i] = local[i].data();
-        pack(i % 2, of(from[i], i % 2), here[i]);
+        if (from[i])
+          pack(i % 2, of(from[i], i % 2), here[i]);
+        else
+          std::fill(here[i], here[i] + total(i % 2), T(0));
       }
     }
   }
