@@ -200,7 +200,7 @@ def test_without_a_compiler_auto_walks_in_operations(monkeypatch: pytest.MonkeyP
     x = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
     expected = layer(x)[0]
     monkeypatch.setenv(native.SWITCH, "1")
-    native._library.cache_clear()
+    native._found.cache_clear()
     try:
         torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=1e-12)
         layer.backend = "cpp"
@@ -208,7 +208,7 @@ def test_without_a_compiler_auto_walks_in_operations(monkeypatch: pytest.MonkeyP
             layer(x)
     finally:
         monkeypatch.undo()
-        native._library.cache_clear()
+        native._found.cache_clear()
 
 
 def test_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -217,13 +217,13 @@ def test_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: An
     compiler.chmod(0o700)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    native._library.cache_clear()
+    native._found.cache_clear()
     try:
         assert "no such header" in str(native.unavailable())
         assert not list((tmp_path / "cache" / "nestlearn").iterdir())
     finally:
         monkeypatch.undo()
-        native._library.cache_clear()
+        native._found.cache_clear()
 
 
 @pytest.mark.parametrize("gate_hidden_ratio", [0.25, 1.0])

@@ -1,13 +1,15 @@
-"""Which modules do no more than their class says, so that compiled code may take their place for one token."""
+"""Where compiled code may take the place of modules and operations: nobody watches them, and nothing is unusual."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
-# From so many rows on, the matrix products of PyTorch are faster than those of the compiled code, which reads a large
-# matrix once and is made for little else.
-MANY = 4
+# From so many rows on, the matrix products of PyTorch are faster than those of the compiled code for a token, which
+# reads a large matrix once and is made for little else.
+MANY_ROWS = 4
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
@@ -19,7 +21,17 @@ def held(module: nn.Module, name: str) -> Tensor | None:
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether a module is of exactly this class and has no hooks."""
-    return module is not None and type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    return (
+        module is not None
+        and type(module) is kind
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or _has_any_global_hook()
+        )
+    )
 
 
 def plain_weight(module: nn.Module | None, kind: type[nn.Module], like: Tensor) -> Tensor | None:
@@ -32,12 +44,20 @@ def plain_weight(module: nn.Module | None, kind: type[nn.Module], like: Tensor) 
     return weight
 
 
-def is_small(x: Tensor) -> bool:
-    """Whether compiled code may take x (B, ..., D) of one token: no gradients, few rows, on the CPU, fp32 or fp64."""
+def readable(*tensors: Tensor) -> bool:
+    """Whether compiled code may read such tensors here: ordinary ones on the CPU, of one dtype, fp32 or fp64, and none
+    of the ways to run PyTorch that have to see every operation."""
+    dtype = tensors[0].dtype
     return (
-        x.is_cpu
-        and x.shape[0] < MANY
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_grad_enabled()
+        not torch.compiler.is_compiling()
+        and dtype in (torch.float32, torch.float64)
+        and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == dtype and t.numel() for t in tensors)
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether compiled code may take x (B, ..., D) of one token: no gradients, and few rows."""
+    return x.shape[0] < MANY_ROWS and not torch.is_grad_enabled() and readable(x)

@@ -1,8 +1,8 @@
 """Parts of a block that keep little for their backward pass: what is cheap to compute again is not kept.
 
 Each equals a few PyTorch operations, named `plain_*`, which are taken wherever these forms have no place: on a GPU,
-under autocast, torch.compile and torch.func, and where the backward pass is differentiated again. Matrix products are
-never computed twice.
+under autocast, torch.compile, torch.func and forward-mode differentiation, and where the backward pass is
+differentiated again. Matrix products are never computed twice.
 
 Shapes: B batch, T tokens, D model width, N hidden width, S streams, H heads, K head width.
 """
@@ -15,19 +15,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.functional.kernels.native import elementwise
+from nestlearn.functional.plain import readable
 
-# Without gradients, below this size the number of operations decides, above it the passes over memory.
+# Without gradients, below so many numbers the operations count, above it the passes over memory.
 SMALL = 1 << 14
 
 # Stands for a tensor that is computed again.
 _AGAIN = object()
 
 __all__ = [
-    "bare",
     "convolved_heads",
     "gated_output",
     "heads_available",
@@ -40,28 +40,7 @@ __all__ = [
 
 def recomputable(*tensors: Tensor) -> bool:
     """Whether these forms may take such tensors, and are worth it for the first of them."""
-    return (torch.is_grad_enabled() or tensors[0].numel() > SMALL) and _known(*tensors)
-
-
-def _known(*tensors: Tensor) -> bool:
-    dtype = tensors[0].dtype
-    return (
-        not torch.compiler.is_compiling()
-        and dtype in (torch.float32, torch.float64)
-        and all(
-            type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == dtype and t.numel()
-            for t in tensors
-        )
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def bare(*modules: nn.Module) -> bool:
-    """Whether the modules are linear maps and norms that nobody replaced or watches, so that their weights say all."""
-    return all(isinstance(m, nn.RMSNorm) or (type(m) is nn.Linear and m.bias is None) for m in modules) and not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )
+    return (torch.is_grad_enabled() or tensors[0].numel() > SMALL) and readable(*tensors)
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -70,7 +49,7 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight; keeps x alone. x (..., D), weight (D,)."""
-    if not recomputable(x, weight):
+    if weight.shape != x.shape[-1:] or not recomputable(x, weight):
         return plain_rms_norm(x, weight, eps)
     y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
@@ -125,8 +104,8 @@ class _MLPBehindNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             given = (x, weight, up, down)
             return *_differentiate(partial(plain_mlp_behind_norm, eps=ctx.eps), given, needs[:4], *gradients), None
-        grad = gradients[0].flatten(0, -2)
-        u = u.flatten(0, -2)
+        grad = gradients[0].reshape(-1, down.shape[0])
+        u = u.reshape(-1, up.shape[0])
         d_h = grad @ down
         if elementwise.available():
             h, d_u = elementwise.gelu_backward(u, d_h)
@@ -134,7 +113,7 @@ class _MLPBehindNorm(torch.autograd.Function):
             h, d_u = F.gelu(u), torch.ops.aten.gelu_backward(d_h, u)
         d_down = grad.mT @ h if needs[3] else None
         del h, d_h
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, up.shape[1])
         d_up = d_u.mT @ _normed(rows, weight, ctx.eps) if needs[2] else None
         d_x, d_weight = _normed_backward(rows, weight, d_u @ up, ctx.eps, overwrite=True)
         return d_x.view(x.shape), d_weight, d_up, d_down, None
@@ -157,7 +136,7 @@ def gated_output(o: Tensor, weight: Tensor, gate: Tensor, output: Tensor, eps: f
     Returns:
         (B, T, D).
     """
-    y: Tensor = _GatedOutput.apply(o.contiguous(), weight, gate.contiguous(), output, eps)
+    y: Tensor = _GatedOutput.apply(o.contiguous(), weight.contiguous(), gate.contiguous(), output, eps)
     return y
 
 
@@ -192,7 +171,7 @@ class _GatedOutput(torch.autograd.Function):
 
 def heads_available(x: Tensor, weight: Tensor) -> bool:
     """Whether `convolved_heads` may take such tensors here."""
-    return _known(x, weight) and elementwise.available()
+    return weight.shape[-1:] == x.shape[-1:] and readable(x, weight) and elementwise.available()
 
 
 def convolved_heads(x: Tensor, weight: Tensor, streams: int, heads: int) -> Tensor:
@@ -269,7 +248,7 @@ class _ConvolvedHeads(torch.autograd.Function):
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if elementwise.available():
-        return elementwise.rms_norm(x.contiguous(), weight, eps)
+        return elementwise.rms_norm(x.contiguous(), weight.contiguous(), eps)
     return plain_rms_norm(x, weight, eps)
 
 
@@ -278,7 +257,7 @@ def _normed_backward(
 ) -> tuple[Tensor, Tensor]:
     """d_x and d_weight; d_x may overwrite d_y."""
     if elementwise.available():
-        x = x.contiguous()
+        x, weight = x.contiguous(), weight.contiguous()
         return elementwise.rms_norm_backward(x, weight, d_y, d_y if overwrite else torch.empty_like(x), eps)
     r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     unit = x * r

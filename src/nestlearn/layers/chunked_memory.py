@@ -217,8 +217,8 @@ def gate_hidden(hidden: int, ratio: float) -> int:
     Raises:
         ValueError: if it is no part of it.
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"gate_hidden_ratio: expected a number above 0 and at most 1, got {ratio}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise ValueError(f"gate_hidden_ratio: expected a number above 0 and at most 1, got {ratio!r}")
     return max(1, round(ratio * hidden))
 
 

@@ -59,7 +59,10 @@ def slow_weights(layer: nn.Module, x: Tensor, tail: Tensor) -> SlowWeights | Non
     if given is None and gates is not None:
         return None
     channels, dim = projection.shape
+    heads = int(streams.heads)  # type: ignore[union-attr, arg-type]
     if dim != x.shape[-1] or convolution.shape[1] != channels or not gate.shape == output.shape == (dim, dim):
+        return None
+    if norm.shape != (dim // heads,) or (given is not None and given.shape[0] % heads):
         return None
     return SlowWeights(projection, convolution, given, norm, gate, output)
 
@@ -171,6 +174,9 @@ def compiled_token_(
             gate=slow[4],
             output=slow[5],
         )
+    )
+    torch.autograd.graph.increment_version(
+        [t for t in (position, tail, *(state[name] for name in MEMORIES if name in state)) if not t.is_inference()]
     )
     return out
 

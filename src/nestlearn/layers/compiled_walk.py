@@ -24,7 +24,7 @@ READS = ("token", "previous", "chunk")
 Maps = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 # With fewer tokens than this in all rows and heads it takes longer to wake another thread than to do its work.
-FEW = 64
+FEW_TOKENS = 64
 
 # Places among the tensors of a walk: streams, logits, read-outs, initial memories, states.
 READOUTS, BASE, STATES = slice(2, 8), slice(8, 12), slice(12, 18)
@@ -236,7 +236,7 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
         has_retain=plan.retention,
         has_momentum=tensors[STATES][4] is not None,
         detach_every=plan.detach_every or 0,
-        threads=torch.get_num_threads() if rows * heads * streams.shape[3] >= FEW else 1,
+        threads=torch.get_num_threads() if rows * heads * streams.shape[3] >= FEW_TOKENS else 1,
         wide=streams.dtype == torch.float64,
         bound=plan.bound or 0.0,
         largest_gate=plan.largest_gate,
@@ -260,8 +260,7 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
 
 def _marks(plan: WalkPlan, rows: int, places: int) -> tuple[ctypes.Array[Any], ctypes.Array[Any], Tensor | None]:
     """Which rows each segment resets (segments, rows), whose chunk of the main and the other memories it ends
-    (2, segments, rows), and where there are tokens (rows, places), None for everywhere. Bytes, quicker to make than
-    tensors: decoding makes them for every token."""
+    (2, segments, rows), and where there are tokens (rows, places), None for everywhere. As bytes."""
     segments = plan.segments
     sizes = (plan.chunk_size, plan.projection_chunk_size)
     reset = bytearray(len(segments) * rows)

@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestlearn.functional.recomputed import bare, gated_output, recomputable
+from nestlearn.functional.plain import plain_weight
+from nestlearn.functional.recomputed import gated_output, recomputable
 from nestlearn.functional.rms_norm import RMSNorm
 
 __all__ = ["GatedReadout"]
@@ -26,7 +27,13 @@ class GatedReadout(nn.Module):
         """o (B, H, T, Dh) from the heads, x (B, T, D) the input of the layer -> (B, T, D)."""
         o = o.transpose(1, 2).to(self.norm.weight.dtype)  # autocast leaves o in half precision
         gate = self.gate(x)
-        if bare(self.norm, self.output) and recomputable(o, gate, self.norm.weight, self.output.weight):
-            return gated_output(o, self.norm.weight, gate, self.output.weight, self.norm.eps)
+        norm, output = plain_weight(self.norm, RMSNorm, o), plain_weight(self.output, nn.Linear, o)
+        if (
+            norm is not None
+            and output is not None
+            and recomputable(o, gate, norm, output)
+            and (norm.shape == o.shape[-1:] and gate.shape[-1] == output.shape[1] == o.shape[2] * o.shape[3])
+        ):
+            return gated_output(o, norm, gate, output, self.norm.eps)
         y: Tensor = self.output(self.norm(o).flatten(2) * F.silu(gate))
         return y

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.functional.plain import is_plain
 from nestlearn.functional.recomputed import convolved_heads, heads_available
 from nestlearn.layers.short_convolution import ShortConvolution
 
@@ -72,6 +73,9 @@ class Streams(nn.Module):
         self, x: Tensor, tail: Tensor | None, *, lengths: Tensor | None = None, document_starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, but (B, T, streams, H, K), laid out in memory as `split` wants it."""
+        if not (is_plain(self, Streams) and is_plain(self.convolution, ShortConvolution)):
+            u, tail = self(x, tail, lengths=lengths, document_starts=document_starts)
+            return u.unflatten(-1, (self.count, self.heads, -1)), tail
         p, weight = self.projection(x), self.convolution.weight
         if tail is None and document_starts is None and heads_available(p, weight):
             u = convolved_heads(p, weight, self.count, self.heads)

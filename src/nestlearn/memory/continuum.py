@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nestlearn.functional.kernels.native import run_level, unavailable
 from nestlearn.functional.plain import is_plain, is_small, plain_weight
-from nestlearn.functional.recomputed import bare, mlp_behind_norm, recomputable
+from nestlearn.functional.recomputed import mlp_behind_norm, recomputable
 from nestlearn.functional.rms_norm import RMSNorm
 
 Variant = Literal["sequential", "independent", "nested"]
@@ -34,29 +34,35 @@ class MLPLevel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if bare(self.norm, self.up, self.down):
-            weights = self.norm.weight, self.up.weight, self.down.weight
-            if recomputable(x, *weights):
-                return mlp_behind_norm(x, *weights, self.norm.eps)
+        weights = self._plain_weights(x)
+        if weights is not None and recomputable(x, *weights):
+            return mlp_behind_norm(x, *weights, self.norm.eps)
         down: Tensor = self.down(F.gelu(self.up(self.norm(x))))
         return down
 
     @torch.no_grad()
     def decode_step(self, x: Tensor) -> Tensor:
         """x + level(x) of one token, x (B, D), without gradients."""
-        inside = self._modules
-        norm = plain_weight(inside["norm"], RMSNorm, x)
-        up, down = (plain_weight(inside[name], nn.Linear, x) for name in ("up", "down"))
-        plain = is_small(x) and is_plain(self, MLPLevel) and unavailable() is None
-        if not plain or norm is None or up is None or down is None:
+        weights = self._plain_weights(x) if is_small(x) and is_plain(self, MLPLevel) else None
+        if weights is None or unavailable() is not None:
             return x + self(x)
-        if up.shape[1:] != x.shape[1:] or down.shape != up.shape[::-1] or norm.shape != x.shape[1:]:
-            return x + self(x)  # which says what is wrong
+        norm, up, down = weights
         x = x.contiguous()
         out = torch.empty_like(x)
         sizes = (*x.shape, up.shape[0], torch.get_num_threads(), x.dtype == torch.float64)
-        run_level(*(t.data_ptr() for t in (x, norm, up, down, out)), sizes=sizes, eps=self.norm.eps or 0.0)
+        run_level(*(t.data_ptr() for t in (x, norm, up, down, out)), sizes=sizes, eps=self.norm.eps)
         return out
+
+    def _plain_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Those of norm, up and down, if they say all that these modules do to x, and fit it."""
+        inside = self._modules
+        norm = plain_weight(inside["norm"], RMSNorm, x)
+        up, down = (plain_weight(inside[name], nn.Linear, x) for name in ("up", "down"))
+        if norm is None or up is None or down is None:
+            return None
+        if up.shape[1:] != x.shape[-1:] or down.shape != up.shape[::-1] or norm.shape != x.shape[-1:]:
+            return None  # the modules say what is wrong
+        return norm, up, down
 
 
 class ContinuumMemory(nn.Module):

@@ -87,7 +87,7 @@ class MLPMemory(nn.Module):
         narrow_inner, narrow_outer: those of the narrow ones, or None.
 
     Raises:
-        ValueError: if narrow_hidden is not between 1 and hidden.
+        ValueError: if narrow_hidden is not between 1 and hidden, or narrow names memories that there are not.
     """
 
     def __init__(
@@ -101,6 +101,8 @@ class MLPMemory(nn.Module):
         narrow_hidden: int | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= narrow[0] <= narrow[1] < max(memories, 1):
+            raise ValueError(f"narrow: expected (first, stop) below the last of {memories} memories, got {narrow}")
         hidden = dim if hidden is None else hidden
         narrow_hidden = hidden if narrow_hidden is None else narrow_hidden
         if not 1 <= narrow_hidden <= hidden:

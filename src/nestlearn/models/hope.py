@@ -74,7 +74,7 @@ class HopeBlock(nn.Module):
         mixer = self.mixer
         step = getattr(mixer, "decode_step", mixer)
         mixed, state = step(self.norm(x).unsqueeze(1), state)
-        return self.memory_system.decode_step(x + mixed[:, 0]), state
+        return getattr(self.memory_system, "decode_step", self.memory_system)(x + mixed[:, 0]), state
 
 
 class HopeLM(nn.Module):

@@ -13,12 +13,13 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("walk.cpp", "token.cpp", "level.cpp", "gates.h", "vector.h", "linear.h")
+SOURCES = ("walk.cpp", "token.cpp", "level.cpp", "gates.h", "vector.h", "linear.h", "threads.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 # Set to anything, this keeps the compiler from being called.
 SWITCH = "NESTLEARN_NO_COMPILER"
@@ -100,8 +101,9 @@ def run_walk(walk: Walk, *, backward: bool) -> None:
 
     Raises:
         Unavailable: if there is no compiled library.
+        MemoryError: if there was not enough memory to work in.
     """
-    _library().nestlearn_walk(ctypes.byref(walk), int(backward))
+    check_memory(_library().nestlearn_walk(ctypes.byref(walk), int(backward)))
 
 
 def run_token(token: Token) -> None:
@@ -109,8 +111,9 @@ def run_token(token: Token) -> None:
 
     Raises:
         Unavailable: if there is no compiled library.
+        MemoryError: if there was not enough memory to work in.
     """
-    _library().nestlearn_token(ctypes.byref(token))
+    check_memory(_library().nestlearn_token(ctypes.byref(token)))
 
 
 def run_level(x: int, norm: int, up: int, down: int, out: int, *, sizes: tuple[int, ...], eps: float) -> None:
@@ -118,19 +121,45 @@ def run_level(x: int, norm: int, up: int, down: int, out: int, *, sizes: tuple[i
 
     Raises:
         Unavailable: if there is no compiled library.
+        MemoryError: if there was not enough memory to work in.
     """
-    _library().nestlearn_level(*sizes, eps, x, norm, up, down, out)
+    check_memory(_library().nestlearn_level(*sizes, eps, x, norm, up, down, out))
+
+
+def check_memory(status: int) -> None:
+    """Refuses what a compiled function could not finish.
+
+    Raises:
+        MemoryError: if its status is not 0.
+    """
+    if status:
+        raise MemoryError("compiled code got no memory to work in; make the batch or the chunks smaller")
+
+
+def _library() -> ctypes.CDLL:
+    found = _found()
+    if isinstance(found, str):
+        raise Unavailable(found)
+    return found
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def _found() -> ctypes.CDLL | str:
+    """The library, or why there is none: a compiler that failed once is not asked again."""
+    try:
+        return _loaded()
+    except Unavailable as error:
+        return str(error)
+
+
+def _loaded() -> ctypes.CDLL:
     library = load(*SOURCES)
     library.nestlearn_walk.argtypes = [ctypes.POINTER(Walk), ctypes.c_int32]
-    library.nestlearn_walk.restype = None
+    library.nestlearn_walk.restype = ctypes.c_int32
     library.nestlearn_token.argtypes = [ctypes.POINTER(Token)]
-    library.nestlearn_token.restype = None
+    library.nestlearn_token.restype = ctypes.c_int32
     library.nestlearn_level.argtypes = [ctypes.c_int32] * 5 + [ctypes.c_double] + [ctypes.c_void_p] * 5
-    library.nestlearn_level.restype = None
+    library.nestlearn_level.restype = ctypes.c_int32
     if (library.nestlearn_walk_size(), library.nestlearn_token_size()) != (ctypes.sizeof(Walk), ctypes.sizeof(Token)):
         raise Unavailable("the compiled library and this module disagree about the arguments' layout")
     return library
@@ -144,14 +173,15 @@ def load(*sources: str) -> ctypes.CDLL:
     """
     if os.environ.get(SWITCH):
         raise Unavailable(f"the environment variable {SWITCH} is set")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if compiler is None:
+    named = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if named is None:
         raise Unavailable("no C++ compiler was found; install g++ or clang++, or name one in CXX")
+    compiler = shlex.split(named)  # CXX may hold options, or a cache in front
     folder = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=12)
     for name in sources:
         digest.update((folder / name).read_bytes())
-    digest.update(" ".join([compiler, *FLAGS, _describe_machine(compiler)]).encode())
+    digest.update(" ".join([*compiler, *FLAGS, _describe_machine(compiler)]).encode())
     target = _cache() / f"{Path(sources[0]).stem}-{digest.hexdigest()}.so"
     if not target.exists():
         _build(compiler, [folder / name for name in sources if name.endswith(".cpp")], target)
@@ -161,27 +191,31 @@ def load(*sources: str) -> ctypes.CDLL:
         raise Unavailable(f"{target} does not load ({error}); delete it to build it again") from error
 
 
-def _build(compiler: str, sources: list[Path], target: Path) -> None:
+def _build(compiler: list[str], sources: list[Path], target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             # Built aside and moved, so that processes that build at once never load half a file.
             built = Path(folder) / target.name
-            command = [compiler, *FLAGS, "-o", str(built), *map(str, sources)]
+            command = [*compiler, *FLAGS, "-o", str(built), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines()
-                raise Unavailable(f"{compiler} failed: {lines[0] if lines else f'exit {done.returncode}'}")
+                raise Unavailable(f"{shlex.join(compiler)} failed: {lines[0] if lines else f'exit {done.returncode}'}")
             built.replace(target)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(
-            f"{sources[0].name} could not be built with {compiler} in {target.parent}: {error}"
+            f"{sources[0].name} could not be built with {shlex.join(compiler)} in {target.parent}: {error}"
         ) from error
 
 
-def _describe_machine(compiler: str) -> str:
+def _describe_machine(compiler: list[str]) -> str:
     """What -march=native depends on."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise Unavailable(f"the C++ compiler {shlex.join(compiler)} does not start: {error}") from error
+    version = done.stdout.splitlines()
     cpu = ""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:

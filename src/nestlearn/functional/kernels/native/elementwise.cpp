@@ -1,12 +1,12 @@
 // What stands between the matrix products of a block, forward and backward, each in one pass over memory.
 //
 // The plain_* functions of nestlearn.functional.recomputed say in PyTorch operations what each computes.
-#include <thread>
-#include <vector>
+#include <new>
 
 #include "linear.h"
+#include "threads.h"
 
-// The arrays of the loop that follows do not overlap.
+// No number that the loop after this writes is read at another index.
 #ifdef __clang__
 #define NESTLEARN_APART _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -20,15 +20,7 @@ using Index = std::int64_t;
 // Calls work(thread, begin, end) on equal parts of [0, count): always the same ones, so that sums round alike.
 template <typename F>
 void share(Index count, int threads, F work) {
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work, i, count * i / threads, count * (i + 1) / threads);
-  work(0, Index(0), count / threads);
-  for (auto& other : others) other.join();
-}
-
-template <typename T>
-T inverse_rms(int width, const T* x, T eps) {
-  return T(1) / std::sqrt(dot(width, x, x) / width + eps);
+  if (!in_threads(threads, [&](int i) { work(i, count * i / threads, count * (i + 1) / threads); })) throw std::bad_alloc();
 }
 
 // d_x of y = x r w for g = d_y w.
@@ -123,7 +115,7 @@ void gated_norm_backward(const T* x, const T* w, const T* gate, const T* d_z, T*
         const T s = sigmoid(gate[at + i]), silu = gate[at + i] * s, unit = from[i] * r, d = d_z[at + i];
         const T y = unit * w[i];
         z[at + i] = y * silu;
-        d_gate[at + i] = d * y * (s + silu * (1 - s));
+        d_gate[at + i] = d * y * silu_slope(s, silu);
         g[i] = d * silu * w[i];
         sum[i] += d * silu * unit;
       }
@@ -211,7 +203,7 @@ void convolved_heads_backward(const T* x, const T* weight, const T* d_out, T* d_
             NESTLEARN_APART
             for (int i = 0; i < key; ++i) {
               const T s = sigmoid(at[i]);
-              to[i] = from[i] * (s + at[i] * s * (1 - s));
+              to[i] = from[i] * silu_slope(s, at[i] * s);
             }
           }
           for (int delay = 0; t < last && delay < taps && delay <= t; ++delay) {
@@ -242,33 +234,33 @@ void convolved_heads_backward(const T* x, const T* weight, const T* d_out, T* d_
 
 }  // namespace
 
-#define NESTLEARN_EXPORT(T, suffix)                                                                                   \
-  extern "C" void rms_norm_##suffix(const T* x, const T* w, T* y, Index rows, int width, double eps, int threads) {   \
-    rms_norm<T>(x, w, y, rows, width, T(eps), threads);                                                               \
-  }                                                                                                                   \
-  extern "C" void rms_norm_backward_##suffix(const T* x, const T* w, const T* d_y, T* d_x, T* d_w, Index rows,        \
-                                             int width, double eps, int threads) {                                    \
-    rms_norm_backward<T>(x, w, d_y, d_x, d_w, rows, width, T(eps), threads);                                          \
-  }                                                                                                                   \
-  extern "C" void gated_norm_##suffix(const T* x, const T* w, const T* gate, T* z, Index rows, int width, double eps, \
-                                      int threads) {                                                                  \
-    gated_norm<T>(x, w, gate, z, rows, width, T(eps), threads);                                                       \
-  }                                                                                                                   \
-  extern "C" void gated_norm_backward_##suffix(const T* x, const T* w, const T* gate, const T* d_z, T* z, T* d_x,     \
-                                               T* d_gate, T* d_w, Index rows, int width, double eps, int threads) {   \
-    gated_norm_backward<T>(x, w, gate, d_z, z, d_x, d_gate, d_w, rows, width, T(eps), threads);                       \
-  }                                                                                                                   \
-  extern "C" void gelu_backward_##suffix(const T* u, T* h, T* d_h, Index count, int threads) {                        \
-    gelu_backward<T>(u, h, d_h, count, threads);                                                                      \
-  }                                                                                                                   \
-  extern "C" void convolved_heads_##suffix(const T* x, const T* weight, T* out, Index rows, Index tokens, int groups, \
-                                           int heads, int key, int taps, int threads) {                               \
-    convolved_heads<T>(x, weight, out, rows, tokens, groups, heads, key, taps, threads);                              \
-  }                                                                                                                   \
-  extern "C" void convolved_heads_backward_##suffix(const T* x, const T* weight, const T* d_out, T* d_x, T* d_weight, \
-                                                    Index rows, Index tokens, int groups, int heads, int key,         \
-                                                    int taps, int threads) {                                          \
-    convolved_heads_backward<T>(x, weight, d_out, d_x, d_weight, rows, tokens, groups, heads, key, taps, threads);    \
+#define NESTLEARN_EXPORT(T, suffix)                                                                                                        \
+  extern "C" std::int32_t rms_norm_##suffix(const T* x, const T* w, T* y, Index rows, int width, double eps, int threads) {                \
+    return status([&] { rms_norm<T>(x, w, y, rows, width, T(eps), threads); });                                                            \
+  }                                                                                                                                        \
+  extern "C" std::int32_t rms_norm_backward_##suffix(const T* x, const T* w, const T* d_y, T* d_x, T* d_w, Index rows,                     \
+                                             int width, double eps, int threads) {                                                         \
+    return status([&] { rms_norm_backward<T>(x, w, d_y, d_x, d_w, rows, width, T(eps), threads); });                                       \
+  }                                                                                                                                        \
+  extern "C" std::int32_t gated_norm_##suffix(const T* x, const T* w, const T* gate, T* z, Index rows, int width, double eps,              \
+                                      int threads) {                                                                                       \
+    return status([&] { gated_norm<T>(x, w, gate, z, rows, width, T(eps), threads); });                                                    \
+  }                                                                                                                                        \
+  extern "C" std::int32_t gated_norm_backward_##suffix(const T* x, const T* w, const T* gate, const T* d_z, T* z, T* d_x,                  \
+                                               T* d_gate, T* d_w, Index rows, int width, double eps, int threads) {                        \
+    return status([&] { gated_norm_backward<T>(x, w, gate, d_z, z, d_x, d_gate, d_w, rows, width, T(eps), threads); });                    \
+  }                                                                                                                                        \
+  extern "C" std::int32_t gelu_backward_##suffix(const T* u, T* h, T* d_h, Index count, int threads) {                                     \
+    return status([&] { gelu_backward<T>(u, h, d_h, count, threads); });                                                                   \
+  }                                                                                                                                        \
+  extern "C" std::int32_t convolved_heads_##suffix(const T* x, const T* weight, T* out, Index rows, Index tokens, int groups,              \
+                                           int heads, int key, int taps, int threads) {                                                    \
+    return status([&] { convolved_heads<T>(x, weight, out, rows, tokens, groups, heads, key, taps, threads); });                           \
+  }                                                                                                                                        \
+  extern "C" std::int32_t convolved_heads_backward_##suffix(const T* x, const T* weight, const T* d_out, T* d_x, T* d_weight,              \
+                                                    Index rows, Index tokens, int groups, int heads, int key,                              \
+                                                    int taps, int threads) {                                                               \
+    return status([&] { convolved_heads_backward<T>(x, weight, d_out, d_x, d_weight, rows, tokens, groups, heads, key, taps, threads); }); \
   }
 
 NESTLEARN_EXPORT(float, float)

@@ -12,10 +12,10 @@ import functools
 import torch
 from torch import Tensor
 
-from nestlearn.functional.kernels.native import Unavailable, load
+from nestlearn.functional.kernels.native import Unavailable, check_memory, load
 
 # With fewer numbers than this it takes longer to wake another thread than to do its work.
-FEW = 1 << 15
+FEW_NUMBERS = 1 << 15
 
 _P, _N, _I, _E = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 _ARGUMENTS = {
@@ -102,20 +102,20 @@ def _sizes(x: Tensor, weight: Tensor, streams: int, heads: int) -> tuple[int, ..
 
 
 def _threads(numbers: int) -> int:
-    return torch.get_num_threads() if numbers >= FEW else 1
+    return torch.get_num_threads() if numbers >= FEW_NUMBERS else 1
 
 
 def _run(name: str, numbers: int, first: Tensor, *rest: Tensor | float) -> None:
     suffix = "float" if first.dtype == torch.float32 else "double"
     pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in (first, *rest)]
-    getattr(_library(), f"{name}_{suffix}")(*pointers, _threads(numbers))
+    check_memory(getattr(_library(), f"{name}_{suffix}")(*pointers, _threads(numbers)))
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = load("elementwise.cpp", "linear.h")
+    library = load("elementwise.cpp", "linear.h", "threads.h")
     for name, arguments in _ARGUMENTS.items():
         for suffix in ("float", "double"):
             function = getattr(library, f"{name}_{suffix}")
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _I
     return library

@@ -10,8 +10,8 @@ void run(int rows, int dim, int hidden, int threads, double eps, const T* x, con
   room.resize(std::size_t(rows) * (dim + hidden));
   T *normed = room.data(), *features = normed + std::ptrdiff_t(rows) * dim;
   for (int row = 0; row < rows; ++row) {
-    const T *from = x + std::ptrdiff_t(row) * dim;
-    const T inverse = 1 / std::sqrt(dot(dim, from, from) / T(dim) + T(eps));
+    const T* from = x + std::ptrdiff_t(row) * dim;
+    const T inverse = inverse_rms(dim, from, T(eps));
     for (int j = 0; j < dim; ++j) normed[std::ptrdiff_t(row) * dim + j] = from[j] * norm[j] * inverse;
   }
   apply(threads, rows, hidden, dim, up, normed, features,
@@ -22,16 +22,18 @@ void run(int rows, int dim, int hidden, int threads, double eps, const T* x, con
 
 }  // namespace
 
-extern "C" void nestlearn_level(std::int32_t rows, std::int32_t dim, std::int32_t hidden, std::int32_t threads,
-                                std::int32_t wide, double eps, const void* x, const void* norm, const void* up,
-                                const void* down, void* out) {
+extern "C" std::int32_t nestlearn_level(std::int32_t rows, std::int32_t dim, std::int32_t hidden, std::int32_t threads,
+                                        std::int32_t wide, double eps, const void* x, const void* norm,
+                                        const void* up, const void* down, void* out) {
   const auto as = [&](auto zero) {
     using T = decltype(zero);
     run<T>(rows, dim, hidden, threads, eps, static_cast<const T*>(x), static_cast<const T*>(norm),
            static_cast<const T*>(up), static_cast<const T*>(down), static_cast<T*>(out));
   };
-  if (wide)
-    as(0.0);
-  else
-    as(0.0f);
+  return status([&] {
+    if (wide)
+      as(0.0);
+    else
+      as(0.0f);
+  });
 }

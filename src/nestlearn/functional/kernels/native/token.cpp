@@ -2,8 +2,6 @@
 //
 // It computes what nestlearn.layers.*._token and nestlearn.memory.token compute, under the same names. For one token
 // there is nothing to solve and no decay inside a chunk, so each memory is read and written in one or two passes.
-#include <vector>
-
 #include "gates.h"
 #include "vector.h"
 
@@ -170,8 +168,7 @@ class Head {
     times(K, hidden, outer.data, outer.ld, difference, error, true);
     times_transposed(K, hidden, outer.data, outer.ld, error, image);
     for (int i = 0; i < hidden; ++i) {
-      const T s = sigmoid(z[i]);
-      image[i] *= s + z[i] * s * (1 - s);
+      image[i] *= silu_slope(sigmoid(z[i]), h[i]);
     }
     T on_error = 1, on_image = 1;
     if (w.bound > 0) {
@@ -275,11 +272,11 @@ void layer(const Token& w) {
                       {w.gates, inputs - channels, inputs, u + channels},
                       {w.gate, D, D, g}};
   int pieces[4] = {};
-  for (int i = 0; i < 3; ++i) pieces[i + 1] = pieces[i] + int((maps[i].count + share - 1) / share);
+  for (int i = 0; i < 3; ++i) pieces[i + 1] = pieces[i] + int((maps[i].count + part - 1) / part);
   parallel(w.threads, pieces[3], [&](int piece) {
     const int which = piece < pieces[1] ? 0 : piece < pieces[2] ? 1 : 2;
     const Map& map = maps[which];
-    const int first = (piece - pieces[which]) * share, last = int(std::min<std::ptrdiff_t>(map.count, first + share));
+    const int first = (piece - pieces[which]) * part, last = int(std::min<std::ptrdiff_t>(map.count, first + part));
     const T* weight = static_cast<const T*>(map.weight) + first * D;
     for (int row = 0; row < w.rows; ++row) {
       T* y = map.to + row * map.stride;
@@ -293,7 +290,7 @@ void layer(const Token& w) {
   const T* norm = static_cast<const T*>(w.norm);
   for (int n = 0; n < w.rows * w.heads; ++n) {
     T *on = o + std::ptrdiff_t(n) * w.key, *gn = g + std::ptrdiff_t(n) * w.key;
-    const T inverse = 1 / std::sqrt(dot(w.key, on, on) / T(w.key) + T(w.eps));
+    const T inverse = inverse_rms(w.key, on, T(w.eps));
     for (int i = 0; i < w.key; ++i) on[i] *= norm[i] * inverse * gn[i];
   }
   apply(w.threads, w.rows, w.dim, w.dim, static_cast<const T*>(w.output), o, static_cast<T*>(w.out),
@@ -314,10 +311,12 @@ extern "C" {
 
 std::int32_t nestlearn_token_size() { return sizeof(Token); }
 
-void nestlearn_token(const Token* w) {
-  if (w->wide)
-    run<double>(*w);
-  else
-    run<float>(*w);
+std::int32_t nestlearn_token(const Token* w) {
+  return status([&] {
+    if (w->wide)
+      run<double>(*w);
+    else
+      run<float>(*w);
+  });
 }
 }

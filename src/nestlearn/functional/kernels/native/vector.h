@@ -3,11 +3,10 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
-#include <thread>
-#include <vector>
+#include <new>
 
 #include "linear.h"
+#include "threads.h"
 
 // ---- products of a matrix and a vector ----
 
@@ -24,7 +23,7 @@ inline void dots(int n, const T* a, std::ptrdiff_t ld, const T* x, T* sums) {
     for (int r = 0; r < R; ++r) acc[r] += *reinterpret_cast<const vec*>(a + r * ld + i) * xi;
   }
   T part[R];
-#ifdef __AVX__
+#ifdef __AVX2__
   if constexpr (R == 4 && sizeof(T) == 4) {
     const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps((__m256)acc[0], (__m256)acc[1]),
                                         _mm256_hadd_ps((__m256)acc[2], (__m256)acc[3]));
@@ -75,9 +74,14 @@ struct Shared {
   const F& each;
   int count;
   std::atomic<int> next{0};
+  std::atomic<bool> whole{true};
   static void work(void* p) {
     Shared& s = *static_cast<Shared*>(p);
-    for (int i; (i = s.next++) < s.count;) s.each(i);
+    try {
+      for (int i; (i = s.next++) < s.count;) s.each(i);
+    } catch (...) {
+      s.whole = false;
+    }
   }
 };
 
@@ -86,21 +90,21 @@ void parallel(int threads, int count, const F& each) {
   static const Pool pool = reinterpret_cast<Pool>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   Shared<F> shared{each, count};
   threads = std::min(threads, count);
-  if (threads > 1 && pool) return pool(&Shared<F>::work, &shared, unsigned(threads), 0);
-  std::vector<std::thread> helpers;
-  for (int i = 1; i < threads && count >= enough; ++i) helpers.emplace_back(Shared<F>::work, &shared);
-  Shared<F>::work(&shared);
-  for (auto& helper : helpers) helper.join();
+  if (threads > 1 && pool)
+    pool(&Shared<F>::work, &shared, unsigned(threads), 0);
+  else
+    in_threads(count < enough ? 1 : threads, [&](int) { Shared<F>::work(&shared); });
+  if (!shared.whole) throw std::bad_alloc();
 }
 
 // Rows of a large matrix that one thread takes at once.
-constexpr int share = 64;
+constexpr int part = 64;
 
 // y (rows x count) = then(row, column, x A^T), with x (rows x n) and A (count x n).
 template <typename T, typename F>
 void apply(int threads, int rows, int count, int n, const T* a, const T* x, T* y, const F& then) {
-  parallel(threads, (count + share - 1) / share, [&](int piece) {
-    const int first = piece * share, last = std::min(count, first + share);
+  parallel(threads, (count + part - 1) / part, [&](int piece) {
+    const int first = piece * part, last = std::min(count, first + part);
     for (int row = 0; row < rows; ++row) {
       T* to = y + std::ptrdiff_t(row) * count;
       times(last - first, n, a + std::ptrdiff_t(first) * n, n, x + std::ptrdiff_t(row) * n, to + first);

@@ -3,11 +3,8 @@
 // It computes what nestlearn.memory.mlp_chunk and nestlearn.layers.projections compute, in the same order and under the
 // same names, but tile by tile: what a memory needs of a chunk stays in a core's cache. Only the memories at the start
 // of each segment are kept for the backward pass; everything else is computed again there.
-#include <atomic>
-#include <thread>
-#include <vector>
-
 #include "gates.h"
+#include "threads.h"
 
 struct Walk {
   // Sizes: rows and heads (N = rows * heads), memories, those read for k, v, gates (and q), the first of the narrow ones
@@ -129,14 +126,13 @@ class Task {
   }
 
   void forward() {
-    // The state after the walk is where it is kept during the walk; it may be the given state itself.
+    // The state after the walk is where it is kept during the walk.
     T* now[6];
     open(w.state, w.after, now);
-    bool taken = false;
     std::fill(same.begin(), same.end(), 0);
     for (int s = 0; s < w.segments; ++s) {
       if (reset(s)) {
-        fresh(now), taken = true;
+        fresh(now);
         std::fill(same.begin(), same.end(), 0);
       }
       if (w.keep) {
@@ -167,7 +163,6 @@ class Task {
         const bool completed = completes(m, s);
         if (same[m] && !completed) take_snapshot(m, now);
         same[m] = completed;
-        taken |= completed;
         advance(keys.data(), K, t.inner, H, inner_erased, now[0] + at(0, m),
                 w.has_momentum ? now[4] + at(0, m) : nullptr);
         advance(t.h.data(), H, t.outer, V, outer_erased, now[1] + at(1, m),
@@ -176,7 +171,7 @@ class Task {
     }
     for (int m = 0; m < M; ++m)
       if (same[m]) use(m), take_snapshot(m, now);
-    close(w.state, w.after, now, taken);
+    close(w.after, now);
   }
 
   void take_snapshot(int m, T** now) {
@@ -238,7 +233,7 @@ class Task {
       prologue_backward(snap[0], d);
       if (reset(s)) reset_backward(d);
     }
-    close(w.d_after, w.d_state, d, true);
+    close(w.d_state, d);
   }
 
  private:
@@ -283,7 +278,7 @@ class Task {
         here[i] = of(into[i], i % 2);
         if (!from[i])
           std::fill(here[i], here[i] + total(i % 2), T(0));
-        else if (from[i] != into[i])
+        else
           copy(of(from[i], i % 2), here[i], total(i % 2));
       } else {
         local[i].resize(total(i % 2));
@@ -295,14 +290,12 @@ class Task {
       }
     }
   }
-  // Back into the caller's form; snapshots only where they were taken, or all were changed.
-  void close(const void* const* from, void* const* into, T** here, bool snapshots) {
+  // Back into the caller's form.
+  void close(void* const* into, T** here) {
     for (int i = 0; i < 6 && !even; ++i) {
       if (!here[i]) continue;
-      const bool same = from[i] == into[i];
-      if (same && !snapshots && (i == 2 || i == 3)) continue;
       T* to = of(into[i], i % 2);
-      if (!same) std::fill(to, to + padded(i % 2), T(0));
+      std::fill(to, to + padded(i % 2), T(0));
       unpack(i % 2, here[i], to);
     }
   }
@@ -1195,10 +1188,10 @@ class Task {
 };
 
 template <typename T>
-void run(const Walk& w, bool backward) {
+bool run(const Walk& w, bool backward) {
   std::atomic<int> next{0};
   const int tasks = w.rows * w.heads;
-  const auto work = [&] {
+  return in_threads(std::min(w.threads, tasks), [&](int) {
     Task<T> task(w);
     for (int n; (n = next++) < tasks;) {
       task.choose(n);
@@ -1207,11 +1200,7 @@ void run(const Walk& w, bool backward) {
       else
         task.forward();
     }
-  };
-  std::vector<std::thread> helpers;
-  for (int i = 1; i < std::min(w.threads, tasks); ++i) helpers.emplace_back(work);
-  work();
-  for (auto& helper : helpers) helper.join();
+  });
 }
 
 }  // namespace
@@ -1220,10 +1209,7 @@ extern "C" {
 
 std::int32_t nestlearn_walk_size() { return sizeof(Walk); }
 
-void nestlearn_walk(const Walk* w, std::int32_t backward) {
-  if (w->wide)
-    run<double>(*w, backward);
-  else
-    run<float>(*w, backward);
+std::int32_t nestlearn_walk(const Walk* w, std::int32_t backward) {
+  return !(w->wide ? run<double>(*w, backward) : run<float>(*w, backward));
 }
 }
