@@ -13,14 +13,14 @@ from nestlearn.layers.tnt_specification import specify_tnt
 
 State = dict[str, Tensor]
 TOLERANCE = 1e-11
-SIZES = {"global_chunk_size": 6, "local_chunk_sizes": (2, 4), "shard_length": 8}
+SIZES = {"global_chunk_size": 6, "global_stride": 1, "local_chunk_sizes": (2, 4), "shard_length": 8}
 
 
 def build(seed: int = 0, **settings: Any) -> TNT:
     """A layer in float64 with nothing at its initial value."""
     torch.manual_seed(seed)
     wide = {"projection_hidden": settings.get("memory_hidden", 4)}
-    layer = TNT(8, 2, **{**SIZES, "write_scale": 0.6, **wide, **settings}).double()
+    layer = TNT(8, 2, **{**SIZES, "project_queries": True, "write_scale": 0.6, **wide, **settings}).double()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if name.endswith(("outer", "_bias", "convolution.weight")):
@@ -87,6 +87,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"memory_hidden": 3, "conv_width": 1, "write_bound": 0.2},
     {"local_chunk_sizes": (1,), "shard_length": 3, "global_chunk_size": 1},
     {"local_chunk_sizes": (5, 1, 5), "shard_length": 5, "global_chunk_size": 7},
+    {"project_queries": False},
+    {"global_stride": 3},
+    {"global_stride": 2, "momentum": True, "residual_memory": True},
+    {"global_stride": 6, "inner_rule": "gd", "retain_to": "zero"},
 ]
 
 
@@ -241,6 +245,7 @@ def test_smaller_local_chunks_need_no_other_parameters() -> None:
     [
         ({"global_chunk_size": 0}, "global_chunk_size: expected a whole number of at least 1, got 0"),
         ({"shard_length": 2.0}, "shard_length: expected a whole number of at least 1, got 2.0"),
+        ({"global_stride": 4}, "a divisor of global_chunk_size, got 4 and 6; for example 2"),
         ({"local_chunk_sizes": ()}, r"one size for each local memory, for example \(8, 16\); got none"),
         ({"local_chunk_sizes": (0,)}, "local_chunk_sizes: expected whole numbers of at least 1, got 0"),
         ({"local_chunk_sizes": (4, 3)}, "divisors of shard_length, got 3 and 8; a shard_length of 9 would hold"),
