@@ -216,10 +216,18 @@ def test_pieces_end_with_shards_and_documents() -> None:
     assert (ending.final.tolist(), ending.after.tolist()) == ([1], [0])
 
 
-def test_detach_every_counts_chunks() -> None:
+@pytest.mark.parametrize("stride", [1, 4])
+def test_detach_every_counts_chunks(stride: int) -> None:
     """Gradients stop at the end of each chunk of a memory, however many steps compute it."""
     kept, cut = (
-        build(global_chunk_size=80, local_chunk_sizes=(80,), shard_length=160, detach_every=n, conv_width=1)
+        build(
+            global_chunk_size=80,
+            global_stride=stride,
+            local_chunk_sizes=(80,),
+            shard_length=160,
+            detach_every=n,
+            conv_width=1,
+        )
         for n in (None, 1)
     )
     x = torch.randn(1, 160, 8, dtype=torch.float64, requires_grad=True)
@@ -250,6 +258,7 @@ def test_smaller_local_chunks_need_no_other_parameters() -> None:
         ({"local_chunk_sizes": (0,)}, "local_chunk_sizes: expected whole numbers of at least 1, got 0"),
         ({"local_chunk_sizes": (4, 3)}, "divisors of shard_length, got 3 and 8; a shard_length of 9 would hold"),
         ({"read": "next"}, "read: expected one of"),
+        ({"backend": "triton"}, "backend: the Triton kernels know self-modifying Titans alone, not TNT"),
         ({"initial_gate": 1.0}, "initial_gate: expected a number between 0 and 1, got 1.0"),
     ],
 )

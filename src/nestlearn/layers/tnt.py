@@ -64,7 +64,7 @@ class TNT(SelfModifyingTitans):
         global_stride: n; the global memories learn from the last one of every n tokens. A divisor of global_chunk_size.
         read: which state of W^i token t reads: "token" W_t, "previous" W_{t-1}, "chunk" the snapshot.
         detach_every: cut the gradient through the writes every so many chunks of a memory, counted in each call.
-        settings: of all memories, as in `SelfModifyingTitans` (not its chunk sizes).
+        settings: of all memories, as in `SelfModifyingTitans` (not its chunk sizes, nor the backend "triton").
 
     Raises:
         ValueError: if a number is out of range or a name is unknown.
@@ -85,6 +85,10 @@ class TNT(SelfModifyingTitans):
         **settings: Any,
     ) -> None:
         check_shards(global_chunk_size, local_chunk_sizes, shard_length, global_stride)
+        if settings.get("backend") == "triton":
+            raise ValueError(
+                'backend: the Triton kernels know self-modifying Titans alone, not TNT; "auto", "cpp" and "torch" fit'
+            )
         super().__init__(dim, heads, chunk_size=global_chunk_size, read="chunk", detach_every=detach_every, **settings)
         self.shard_length = shard_length
         self.global_stride = global_stride
