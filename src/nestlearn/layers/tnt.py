@@ -146,22 +146,24 @@ class TNT(SelfModifyingTitans):
             return torch.zeros_like(x), dict(state)
         cuts = {"lengths": lengths, "document_starts": document_starts}
         u, tail = self.streams(x, state["convolution"], **cuts)
-        made, memory, position = self.walk(u, MemoryState.of(state), state["position"], **cuts)
+        packed, memory, position = self.walk(u, MemoryState.of(state), state["position"], **cuts)
         after = {"position": position, "convolution": tail, **memory.named()}
         shards = plan_shards(state["shard_position"], tokens, shard_length=self.shard_length, **cuts)
         with torch.autocast(x.device.type, enabled=False):
-            o, pairs, rate, retention = made.unflatten(-1, (self.heads, 6, -1)).split_with_sizes([1, 3, 1, 1], dim=-2)
-            o, rate, retention = o.squeeze(-2), rate.squeeze(-2), retention.squeeze(-2)
-            pairs = shards.spread(pairs.flatten(2)).unflatten(-1, (self.heads, 3, -1))  # q, k, v (R, W, H, 3, K)
+            if self.global_stride == 1:
+                packed = self._pack(*packed.unflatten(-1, (self.heads, 6, -1)).permute(3, 0, 2, 1, 4).unbind(0))
+            width = self.heads * self.memory.outer.shape[-2]
+            o, pairs, *logits = packed.split([width, 3 * width, *(local.gates for local in self._locals())], dim=-1)
+            pairs = shards.spread(pairs)
             if self.project_queries:
                 pairs, after["key_projection"] = self._project_queries(pairs, state["key_projection"], shards)
-            for number, local in enumerate(self._locals()):
-                inputs = torch.cat([pairs.flatten(2), shards.spread(local.logits(rate, retention))], dim=-1)
+            for number, (local, own) in enumerate(zip(self._locals(), logits, strict=True)):
+                inputs = torch.cat([pairs, shards.spread(own)], dim=-1)
                 read, memory = local.walk_shards(inputs, _of(state, number), shards)
-                o = o + shards.collect(read, tokens).unflatten(-1, (self.heads, -1))
+                o = o + shards.collect(read, tokens)
                 after |= _prefixed(number, memory)
         after["shard_position"] = shards.after
-        return self.readout(o.to(x.dtype).transpose(1, 2), x), after
+        return self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x), after
 
     def _walk_options(self) -> dict[str, Any]:
         return super()._walk_options() | {"made": self.global_stride == 1}
@@ -208,7 +210,7 @@ class TNT(SelfModifyingTitans):
         return torch.cat(outputs, dim=1), memory
 
     def _sense(self, inputs: Tensor, memory: MemoryState) -> Tensor:
-        """What `walk` returns for tokens that share a snapshot: (B, C, ...) -> (B, C, H * 6 K); nothing is written."""
+        """What all memories make of tokens that share a snapshot, as `_pack` has it."""
 
         def read(inputs: Tensor, snapshot: MLPWeights) -> Tensor:
             whole = snapshot.add(base_weights(self.memory, self.retain_to))
@@ -216,11 +218,20 @@ class TNT(SelfModifyingTitans):
             out = read_mlp(MLPWeights(last_memory(whole.inner), last_memory(whole.outer)), made[0])
             if self.residual_memory:
                 out = out + made[0]
-            return torch.cat([out, *made], dim=-1).transpose(1, 2).flatten(2)
+            return self._pack(out, *made)
 
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(read, inputs, memory.snapshot, use_reentrant=False)
         return read(inputs, memory.snapshot)
+
+    def _pack(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, retention: Tensor) -> Tensor:
+        """What is read, then q, k and v of each head, then the logits of each local memory, in one copy.
+
+        All are (B, H, C, K); returns (B, C, 4 H K + gates).
+        """
+        pairs = zip(*(x.unbind(1) for x in (q, k, v)), strict=True)
+        logits = [local.logits(rate, retention) for local in self._locals()]
+        return torch.cat([*out.unbind(1), *(x for head in pairs for x in head), *logits], dim=-1)
 
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
         """As there, with the projections beside what is read: (B, H, C, 6 K)."""
@@ -235,8 +246,8 @@ class TNT(SelfModifyingTitans):
             return self(x, state)
 
     def _project_queries(self, pairs: Tensor, seen: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
-        """P_t q_t in place of q_t in q, k, v (R, W, H, 3, K), and P (B, H, K, K) after each row's last token."""
-        queries, keys, values = pairs.unbind(3)
+        """P_t q_t in place of q_t in the pieces (R, W, H * 3 K), and P (B, H, K, K) after each row's last token."""
+        queries, keys, values = pairs.unflatten(-1, (self.heads, 3, -1)).unbind(3)
         if shards.lengths is not None:
             held = torch.arange(shards.width, device=keys.device) < shards.lengths[:, None]
             keys = keys * held[:, :, None, None]
@@ -244,7 +255,7 @@ class TNT(SelfModifyingTitans):
         start = torch.cat([seen, none]).index_select(0, shards.continues)
         projected, total = project_on_keys(queries.transpose(1, 2), keys.transpose(1, 2), start)
         after = torch.cat([total, none]).index_select(0, shards.final)
-        return torch.stack([normalize(projected.transpose(1, 2)), keys, values], dim=3), after
+        return torch.stack([normalize(projected.transpose(1, 2)), keys, values], dim=3).flatten(2), after
 
     def _no_keys(self, batch_size: int) -> Tensor:
         inner = self.memory.initial.inner
@@ -285,6 +296,7 @@ class LocalMemory(ChunkedMemory):
         self.residual_memory = like.residual_memory
         self.largest_gate = like.largest_gate
         kinds = ("gate", *(["retain"] if like.retention else []), *(["momentum"] if like.momentum else []))
+        self.gates = len(kinds) * like.heads
         for kind in kinds:
             self.register_parameter(f"{kind}_readout", nn.Parameter(torch.randn(like.heads, width) * width**-0.5))
             self.register_parameter(f"{kind}_bias", nn.Parameter(getattr(like, f"{kind}_bias").detach().clone()))
@@ -294,10 +306,10 @@ class LocalMemory(ChunkedMemory):
         return self._fresh(batch_size)
 
     def logits(self, rate: Tensor, retention: Tensor) -> Tensor:
-        """Of the gates, side by side (B, T, gates * H), from what the global memories made (B, T, H, K)."""
+        """Of the gates, side by side (B, C, gates * H), from what the global memories made (B, H, C, K)."""
         sources = {"gate": rate, "retain": retention, "momentum": rate}
         found = [
-            gate_logits(source.transpose(1, 2), getattr(self, f"{kind}_readout"), getattr(self, f"{kind}_bias"))
+            gate_logits(source, getattr(self, f"{kind}_readout"), getattr(self, f"{kind}_bias"))
             for kind, source in sources.items()
             if hasattr(self, f"{kind}_readout")
         ]
@@ -322,8 +334,9 @@ class LocalMemory(ChunkedMemory):
     def _walk_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor, GateReadouts | None]:
         """q, k, v (3, B, H, T, K) and logits (gates, B, H, T) of inputs (B, T, ...)."""
         width = 3 * self.heads * self.memory.outer.shape[-2]
-        pairs = inputs[..., :width].unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        return pairs, inputs[..., width:].unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1), None
+        pairs, logits = inputs.split([width, self.gates], dim=-1)
+        pairs = pairs.unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        return pairs, logits.unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1), None
 
     def _walk_options(self) -> dict[str, Any]:
         return {
