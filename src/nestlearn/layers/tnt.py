@@ -192,7 +192,7 @@ class TNT(SelfModifyingTitans):
             (only,) = segments
             written = (segments[0].end % self.global_stride == 0)[:, None]
             active = written if only.active is None else only.active & written
-            o, _ = self._sense(inputs, memory)
+            o = self._sense(inputs, memory)
             _, memory = walk(inputs, memory, (only._replace(active=active),))
             return o, memory
         outputs = []
