@@ -185,10 +185,12 @@ def make_jobs(
     for seed in map(int, given.seeds.split(",")):
         lr = rates[stages[0][0]]
         first = make_job("tnt", stages[0][1], data, schedule(given, given.steps, lr, seed), runs)
-        # The second stage reads the text in another order, as `nestlearn train --from` does.
-        lr *= given.fine_tune_lr
-        later = schedule(given, given.fine_tune_steps, lr, seed + 1, start_from=first["folder"])
-        second = make_job("tnt_fine_tuned", stages[1][1], data, later, runs) if given.fine_tune_steps else None
+        second = None
+        if given.fine_tune_steps:
+            # The second stage reads the text in another order, as `nestlearn train --from` does.
+            lr *= given.fine_tune_lr
+            later = schedule(given, given.fine_tune_steps, lr, seed + 1, start_from=first["folder"])
+            second = make_job("tnt_fine_tuned", stages[1][1], data, later, runs)
         jobs.append({**first, "model": stages[0][0], "second": second})
         for name, config in plain:
             training = schedule(given, given.steps + given.fine_tune_steps, rates[name], seed)
@@ -223,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--alternations", type=int, default=3, help="how often all models are timed in turn; 0: no timing")
     add("--threads", type=int, default=1, help="of the timing; training takes one")
     add("--steps", type=int, default=190, help="of the first stage; 0: no training")
-    add("--fine-tune-steps", type=int, default=10, help="of the second; plain models take both together")
+    add("--fine-tune-steps", type=int, default=10, help="of the second, 0: none; plain models take both together")
     add("--lr", type=float, default=4e-3)
     add("--tune", type=_rates, default=(), metavar="LR,LR,...", help="try these for every model, and use its best")
     add("--tune-steps", type=int, default=0, help="steps of each of these runs; by default a quarter of --steps")
