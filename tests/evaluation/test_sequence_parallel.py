@@ -84,7 +84,7 @@ def test_the_command_writes_a_page_and_goes_on(tmp_path: Path, monkeypatch: pyte
     assert [len(record["stages"]) for record in results["runs"]] == [2, 1]
     tokens = [sum(stage["train"][-1]["tokens"] for stage in record["stages"]) for record in results["runs"]]
     assert tokens == [3 * 32, 3 * 32]
-    monkeypatch.setattr(sys, "argv", ["sequence_parallel", *words, "--fine-tune-steps=0"])
+    monkeypatch.setattr(sys, "argv", ["sequence_parallel", *words, "--fine-tune-steps=0", f"--runs={tmp_path / 'one'}"])
     sequence_parallel.main()
     results = json.loads((tmp_path / "page.json").read_text())
     assert [len(record["stages"]) for record in results["runs"]] == [1, 1]
