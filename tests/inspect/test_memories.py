@@ -13,7 +13,7 @@ from nestlearn.inspect.memories import describe_memories, memories_table, plot_m
 def model_of(mixer: str = "self_modifying_titans", **settings) -> HopeLM:
     torch.manual_seed(0)
     made = {"dim": 16, "depth": 2, "heads": 2, "chunk_size": 8, "vocab_size": 30, **settings}
-    made |= {"global_chunk_size": 8, "local_chunk_sizes": (2, 4), "shard_length": 8}
+    made |= {"global_chunk_size": 8, "global_stride": 1, "local_chunk_sizes": (2, 4), "shard_length": 8}
     model = HopeLM(HopeConfig(mixer=mixer, **made)).double()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)

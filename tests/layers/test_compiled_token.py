@@ -15,7 +15,7 @@ from nestlearn.memory.continuum import ContinuumMemory
 
 DIM, HEADS, TOKENS = 12, 3, 9
 EXACT = 1e-11
-FEW, MANY = (1, 3), plain.MANY + 1
+FEW, MANY = (1, 3), plain.MANY_ROWS + 1
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"inner_rule": "gd", "memory_hidden": 7},

@@ -32,10 +32,21 @@ RECURRENT: dict[str, Callable[[], nn.Module]] = {
     "self_modifying_titans_gradient_descent": lambda: SelfModifyingTitans(
         DIM, HEADS, chunk_size=3, inner_rule="gd", momentum=True, retention=False, conv_width=1
     ),
-    "tnt": lambda: TNT(DIM, HEADS, global_chunk_size=6, local_chunk_sizes=(2, 4), shard_length=8),
-    "tnt_literal": lambda: TNT(
-        DIM, HEADS, global_chunk_size=4, local_chunk_sizes=(1,), shard_length=3, retain_to="zero", momentum=True
+    "tnt": lambda: TNT(
+        DIM, HEADS, global_chunk_size=6, global_stride=1, local_chunk_sizes=(2, 4), shard_length=8, project_queries=True
     ),
+    "tnt_literal": lambda: TNT(
+        DIM,
+        HEADS,
+        global_chunk_size=4,
+        global_stride=1,
+        local_chunk_sizes=(1,),
+        shard_length=3,
+        project_queries=True,
+        retain_to="zero",
+        momentum=True,
+    ),
+    "tnt_stride": lambda: TNT(DIM, HEADS, global_chunk_size=6, local_chunk_sizes=(2,), shard_length=8, global_stride=3),
     "titans": lambda: Titans(DIM, HEADS, chunk_size=4),
     "titans_delta": lambda: Titans(DIM, HEADS, chunk_size=3, inner_rule="delta", momentum=False, read="previous"),
     "gated_delta_net": lambda: GatedDeltaNet(DIM, HEADS, chunk_size=4),

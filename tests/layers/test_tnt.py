@@ -13,13 +13,14 @@ from nestlearn.layers.tnt_specification import specify_tnt
 
 State = dict[str, Tensor]
 TOLERANCE = 1e-11
-SIZES = {"global_chunk_size": 6, "local_chunk_sizes": (2, 4), "shard_length": 8}
+SIZES = {"global_chunk_size": 6, "global_stride": 1, "local_chunk_sizes": (2, 4), "shard_length": 8}
 
 
 def build(seed: int = 0, **settings: Any) -> TNT:
     """A layer in float64 with nothing at its initial value."""
     torch.manual_seed(seed)
-    layer = TNT(8, 2, **{**SIZES, "write_scale": 0.6, "gate_hidden_ratio": 1.0, **settings}).double()
+    defaults = {"project_queries": True, "write_scale": 0.6, "gate_hidden_ratio": 1.0}
+    layer = TNT(8, 2, **{**SIZES, **defaults, **settings}).double()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if name.endswith(("outer", "_bias", "convolution.weight")):
@@ -86,6 +87,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"memory_hidden": 3, "conv_width": 1, "write_bound": 0.2},
     {"local_chunk_sizes": (1,), "shard_length": 3, "global_chunk_size": 1},
     {"local_chunk_sizes": (5, 1, 5), "shard_length": 5, "global_chunk_size": 7},
+    {"project_queries": False},
+    {"global_stride": 3},
+    {"global_stride": 2, "momentum": True, "residual_memory": True},
+    {"global_stride": 6, "inner_rule": "gd", "retain_to": "zero"},
 ]
 
 
@@ -211,10 +216,18 @@ def test_pieces_end_with_shards_and_documents() -> None:
     assert (ending.final.tolist(), ending.after.tolist()) == ([1], [0])
 
 
-def test_detach_every_counts_chunks() -> None:
+@pytest.mark.parametrize("stride", [1, 4])
+def test_detach_every_counts_chunks(stride: int) -> None:
     """Gradients stop at the end of each chunk of a memory, however many steps compute it."""
     kept, cut = (
-        build(global_chunk_size=80, local_chunk_sizes=(80,), shard_length=160, detach_every=n, conv_width=1)
+        build(
+            global_chunk_size=80,
+            global_stride=stride,
+            local_chunk_sizes=(80,),
+            shard_length=160,
+            detach_every=n,
+            conv_width=1,
+        )
         for n in (None, 1)
     )
     x = torch.randn(1, 160, 8, dtype=torch.float64, requires_grad=True)
@@ -240,10 +253,12 @@ def test_smaller_local_chunks_need_no_other_parameters() -> None:
     [
         ({"global_chunk_size": 0}, "global_chunk_size: expected a whole number of at least 1, got 0"),
         ({"shard_length": 2.0}, "shard_length: expected a whole number of at least 1, got 2.0"),
+        ({"global_stride": 4}, "a divisor of global_chunk_size, got 4 and 6; for example 2"),
         ({"local_chunk_sizes": ()}, r"one size for each local memory, for example \(8, 16\); got none"),
         ({"local_chunk_sizes": (0,)}, "local_chunk_sizes: expected whole numbers of at least 1, got 0"),
         ({"local_chunk_sizes": (4, 3)}, "divisors of shard_length, got 3 and 8; a shard_length of 9 would hold"),
         ({"read": "next"}, "read: expected one of"),
+        ({"backend": "triton"}, "backend: the Triton kernels know self-modifying Titans alone, not TNT"),
         ({"initial_gate": 1.0}, "initial_gate: expected a number between 0 and 1, got 1.0"),
     ],
 )

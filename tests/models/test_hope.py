@@ -18,7 +18,14 @@ VOCABULARY = 11
 TINY: dict[str, Any] = {"vocab_size": VOCABULARY, "dim": 16, "depth": 2, "heads": 2, "chunk_size": 4}
 # Every mixer, and the settings of memories that change what their state holds or when it changes.
 MODELS: dict[str, dict[str, Any]] = {mixer: {"mixer": mixer} for mixer in get_args(Mixer)} | {
-    "tnt": {"mixer": "tnt", "global_chunk_size": 6, "local_chunk_sizes": (2, 4), "shard_length": 8},
+    "tnt": {
+        "mixer": "tnt",
+        "global_chunk_size": 6,
+        "global_stride": 3,
+        "local_chunk_sizes": (2, 4),
+        "shard_length": 8,
+        "project_queries": True,
+    },
     "momentum": {"momentum": True, "adaptive_query": True},
     "two chunk sizes": {"chunk_size": 2, "projection_chunk_size": 6, "read": "previous", "retain_to": "zero"},
     "paper": {**HopeConfig.paper(**TINY).to_dict(), "vocab_size": VOCABULARY},

@@ -20,6 +20,7 @@ MODEL = {
     "depth": 1,
     "heads": 1,
     "global_chunk_size": 8,
+    "global_stride": 2,
     "local_chunk_sizes": [4, 8],
     "shard_length": 8,
     "cms_periods": [1, 3],

@@ -194,7 +194,10 @@ def _look(mixer: Any, x: Tensor, before: State, after: State) -> dict[str, Tenso
     squares = change.inner.square().sum((-2, -1)) + change.outer.square().sum((-2, -1))
     return {
         "write": write[0],
-        "half_life": (math.log(0.5) / retain.log()).clamp(max=LONGEST_HALF_LIFE)[0],
+        # TNT writes, and so forgets, with every so many-th token only.
+        "half_life": (getattr(mixer, "global_stride", 1) * math.log(0.5) / retain.log()).clamp(max=LONGEST_HALF_LIFE)[
+            0
+        ],
         "error": error[0].norm(dim=-1),
         "change": squares.sqrt()[0],
     }

@@ -151,6 +151,7 @@ def specify_token(
         fraction = layer.write_scale if name == "memory" else layer.projection_write_scale
         if layer.inner_rule == "gd":
             fraction /= layer.chunk_size if name == "memory" else layer.projection_chunk_size
+            fraction *= getattr(layer, "global_stride", 1)
         running[name], momentum[name] = write_token(
             layer, xi[name], before[name], snapshot[name], momentum[name], k, v, gates, residual, fraction
         )

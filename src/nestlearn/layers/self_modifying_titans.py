@@ -299,10 +299,9 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         u_q, u_k, u_v, u_g = self.streams.split(inputs).unbind(0)
         slow = [u_k, u_v, u_g, u_g, u_q] if self.adaptive_query else [u_k, u_v, u_g, u_g]
         u = torch.stack(slow, dim=2)  # (B, H, M - 1, C, K)
-        projected = u + read_mlp(MLPWeights(whole.inner[:, :, :-1], whole.outer[:, :, :-1]), u)
-        keys, values = normalize(projected[:, :, 0]), normalize(projected[:, :, 1])
-        queries = normalize(projected[:, :, 4] if self.adaptive_query else u_q)
-        return queries, keys, values, projected[:, :, 2], projected[:, :, 3]
+        projected = (u + read_mlp(MLPWeights(whole.inner[:, :, :-1], whole.outer[:, :, :-1]), u)).unbind(2)
+        queries = normalize(projected[4] if self.adaptive_query else u_q)
+        return queries, normalize(projected[0]), normalize(projected[1]), projected[2], projected[3]
 
     def _residual(self, keys: Tensor, values: Tensor) -> Tensor:
         """What the residuals add to the errors M(k) - M(v), (B, H, M, C, K): k - v, and -v for the main memory."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nestlearn.functional.associative import Written, chunk_decay, read_chunk
 from nestlearn.functional.surprise import normalize
@@ -23,12 +25,13 @@ from nestlearn.layers.compiled_walk import GateReadouts
 from nestlearn.layers.self_modifying_titans import SelfModifyingTitans, gate_logits
 from nestlearn.layers.shards import Shards, plan_shards
 from nestlearn.layers.timeline import Segment
-from nestlearn.memory.mlp import MLPMemory, last_memory, write_mlp_chunk
+from nestlearn.memory.mlp import MLPMemory, MLPWeights, WriteScales, last_memory, read_mlp, write_mlp_chunk
 
 State = dict[str, Tensor]
+Walk = Callable[[Tensor, MemoryState, tuple[Segment, ...]], tuple[Tensor, MemoryState]]
 
 # Tokens of a long chunk that are computed at once: more cost more in products with the chunk than they save in steps.
-LONGEST_SEGMENT = 128
+LONGEST_SEGMENT = 64
 
 
 class TNT(SelfModifyingTitans):
@@ -44,7 +47,9 @@ class TNT(SelfModifyingTitans):
         o_t = V_xi(q_t) + sum_i W^i_t(P_t q_t / |P_t q_t|)                              TNT; decisions 23 and 24
 
     V is read at its snapshot xi. A local memory writes W(k) - W(v) - v by the rule of `SelfModifyingTitans`, with gates
-    of its own. P_t turns a query towards the keys that a local memory has seen since its reset.
+    of its own. P_t turns a query towards the keys that a local memory has seen since its reset; unless
+    `project_queries`, q_t takes its place. The global memories are written with every n-th token only, while all tokens
+    read them: five memories are most of the work, and little is lost where the local ones write every token.
 
     A model trained so is fine-tuned for a short while with smaller local chunks (TNT's second stage, `nestlearn train
     --from`): no parameter depends on the chunk sizes.
@@ -55,9 +60,11 @@ class TNT(SelfModifyingTitans):
         global_chunk_size: tokens between snapshots of the global memories.
         local_chunk_sizes: C_i, one for each local memory; divisors of shard_length.
         shard_length: S, tokens after which the local memories are reset.
+        project_queries: whether local memories are read with P_t q_t / |P_t q_t|; otherwise with q_t.
+        global_stride: n; the global memories learn from the last one of every n tokens. A divisor of global_chunk_size.
         read: which state of W^i token t reads: "token" W_t, "previous" W_{t-1}, "chunk" the snapshot.
         detach_every: cut the gradient through the writes every so many chunks of a memory, counted in each call.
-        settings: of all memories, as in `SelfModifyingTitans` (not its chunk sizes).
+        settings: of all memories, as in `SelfModifyingTitans` (not its chunk sizes, nor the backend "triton").
 
     Raises:
         ValueError: if a number is out of range or a name is unknown.
@@ -69,19 +76,28 @@ class TNT(SelfModifyingTitans):
         heads: int,
         *,
         global_chunk_size: int = 2048,
-        local_chunk_sizes: Sequence[int] = (8, 16),
+        local_chunk_sizes: Sequence[int] = (16,),
         shard_length: int = 2048,
+        global_stride: int = 16,
+        project_queries: bool = False,
         read: Read = "token",
         detach_every: int | None = None,
         **settings: Any,
     ) -> None:
-        check_shards(global_chunk_size, local_chunk_sizes, shard_length)
+        check_shards(global_chunk_size, local_chunk_sizes, shard_length, global_stride)
+        if settings.get("backend") == "triton":
+            raise ValueError(
+                'backend: the Triton kernels know self-modifying Titans alone, not TNT; "auto", "cpp" and "torch" fit'
+            )
         super().__init__(dim, heads, chunk_size=global_chunk_size, read="chunk", detach_every=detach_every, **settings)
         self.shard_length = shard_length
+        self.global_stride = global_stride
+        self.project_queries = project_queries
+        self._global_detach = detach_every
         self.local_memories = nn.ModuleList(LocalMemory(self, chunk_size=size, read=read) for size in local_chunk_sizes)
-        for memory in (self, *self._locals()):
-            memory.segment_size = segment_size(memory.chunk_size)
-            if detach_every is not None:  # the walk counts segments
+        for memory, stride in ((self, global_stride), *((local, 1) for local in self._locals())):
+            memory.segment_size = stride * segment_size(memory.chunk_size // stride)
+            if detach_every is not None:  # the walk counts segments; with a stride it is called for a chunk at a time
                 memory.detach_every = detach_every * memory.chunk_size // memory.segment_size
 
     @property
@@ -100,7 +116,9 @@ class TNT(SelfModifyingTitans):
     ) -> State:
         """Named tensors of a fresh context; the memories are at least fp32 whatever `dtype`."""
         state = super().init_state(batch_size, device=device, dtype=dtype)
-        state |= {"shard_position": state["position"].clone(), "key_projection": self._no_keys(batch_size)}
+        state["shard_position"] = state["position"].clone()
+        if self.project_queries:
+            state["key_projection"] = self._no_keys(batch_size)
         for number, memory in enumerate(self._locals()):
             state |= _prefixed(number, memory.fresh(batch_size))
         return state
@@ -128,23 +146,92 @@ class TNT(SelfModifyingTitans):
             return torch.zeros_like(x), dict(state)
         cuts = {"lengths": lengths, "document_starts": document_starts}
         u, tail = self.streams(x, state["convolution"], **cuts)
-        made, memory, position = self.walk(u, MemoryState.of(state), state["position"], **cuts)
+        packed, memory, position = self.walk(u, MemoryState.of(state), state["position"], **cuts)
         after = {"position": position, "convolution": tail, **memory.named()}
         shards = plan_shards(state["shard_position"], tokens, shard_length=self.shard_length, **cuts)
         with torch.autocast(x.device.type, enabled=False):
-            o, queries, keys, values, rate, retention = made.unflatten(-1, (self.heads, 6, -1)).unbind(-2)
-            pairs = shards.spread(torch.stack([queries, keys, values], dim=2))  # (R, W, 3, H, K)
-            pairs, after["key_projection"] = self._project_queries(pairs, state["key_projection"], shards)
-            for number, local in enumerate(self._locals()):
-                inputs = torch.cat([pairs.flatten(2), shards.spread(local.logits(rate, retention))], dim=-1)
+            if self.global_stride == 1:
+                packed = self._pack(*packed.unflatten(-1, (self.heads, 6, -1)).permute(3, 0, 2, 1, 4).unbind(0))
+            width = self.heads * self.memory.outer.shape[-2]
+            o, pairs, *logits = packed.split([width, 3 * width, *(local.gates for local in self._locals())], dim=-1)
+            pairs = shards.spread(pairs)
+            if self.project_queries:
+                pairs, after["key_projection"] = self._project_queries(pairs, state["key_projection"], shards)
+            for number, (local, own) in enumerate(zip(self._locals(), logits, strict=True)):
+                inputs = torch.cat([pairs, shards.spread(own)], dim=-1)
                 read, memory = local.walk_shards(inputs, _of(state, number), shards)
-                o = o + shards.collect(read, tokens).unflatten(-1, (self.heads, -1))
+                o = o + shards.collect(read, tokens)
                 after |= _prefixed(number, memory)
         after["shard_position"] = shards.after
-        return self.readout(o.to(x.dtype).transpose(1, 2), x), after
+        return self.readout(o.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), x), after
 
     def _walk_options(self) -> dict[str, Any]:
-        return super()._walk_options() | {"made": True}
+        return super()._walk_options() | {"made": self.global_stride == 1}
+
+    def _scales(self) -> WriteScales:
+        scales = super()._scales()
+        if self.inner_rule == "gd":  # the mean over the tokens of a chunk that are written
+            return WriteScales(*(scale * self.global_stride for scale in scales))
+        return scales
+
+    def _walk(self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]) -> tuple[Tensor, MemoryState]:
+        return self._stride(super()._walk, inputs, memory, segments)
+
+    def _compiled_walk(
+        self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]
+    ) -> tuple[Tensor, MemoryState]:
+        return self._stride(super()._compiled_walk, inputs, memory, segments)
+
+    def _stride(
+        self, walk: Walk, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]
+    ) -> tuple[Tensor, MemoryState]:
+        """A walk over all tokens that writes every `global_stride`-th: a chunk is read at once and then written."""
+        if self.global_stride == 1:
+            return walk(inputs, memory, segments)
+        if isinstance(segments[0].end, Tensor):  # one token a row, some of them to be written
+            (only,) = segments
+            written = (segments[0].end % self.global_stride == 0)[:, None]
+            active = written if only.active is None else only.active & written
+            o = self._sense(inputs, memory)
+            _, memory = walk(inputs, memory, (only._replace(active=active),))
+            return o, memory
+        outputs = []
+        parts = chunks_of(segments, self.chunk_size)
+        pieces = inputs.split([part[-1].stop - part[0].start for part in parts], dim=1)
+        for number, (part, read) in enumerate(zip(parts, pieces, strict=True), start=1):
+            if part[0].reset is not None:
+                memory = memory.reset(part[0].reset, self._fresh(len(inputs)))
+            outputs.append(self._sense(read, memory))
+            places, kept = thin(part, self.global_stride)
+            if kept:
+                _, memory = walk(read[:, places], memory, kept)
+            if self._global_detach is not None and number % self._global_detach == 0:
+                memory = memory.detach()
+        return torch.cat(outputs, dim=1), memory
+
+    def _sense(self, inputs: Tensor, memory: MemoryState) -> Tensor:
+        """What all memories make of tokens that share a snapshot, as `_pack` has it."""
+
+        def read(inputs: Tensor, snapshot: MLPWeights) -> Tensor:
+            whole = snapshot.add(base_weights(self.memory, self.retain_to))
+            made = self._project(inputs, whole)
+            out = read_mlp(MLPWeights(last_memory(whole.inner), last_memory(whole.outer)), made[0])
+            if self.residual_memory:
+                out = out + made[0]
+            return self._pack(out, *made)
+
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(read, inputs, memory.snapshot, use_reentrant=False)
+        return read(inputs, memory.snapshot)
+
+    def _pack(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, retention: Tensor) -> Tensor:
+        """What is read, then q, k and v of each head, then the logits of each local memory, in one copy.
+
+        All are (B, H, C, K); returns (B, C, 4 H K + gates).
+        """
+        pairs = zip(*(x.unbind(1) for x in (q, k, v)), strict=True)
+        logits = [local.logits(rate, retention) for local in self._locals()]
+        return torch.cat([*out.unbind(1), *(x for head in pairs for x in head), *logits], dim=-1)
 
     def _segment(self, inputs: Tensor, state: MemoryState, segment: Segment) -> tuple[Tensor, MemoryState]:
         """As there, with the projections beside what is read: (B, H, C, 6 K)."""
@@ -159,8 +246,8 @@ class TNT(SelfModifyingTitans):
             return self(x, state)
 
     def _project_queries(self, pairs: Tensor, seen: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
-        """P_t q_t in place of q_t in q, k, v (R, W, 3, H, K), and P (B, H, K, K) after each row's last token."""
-        queries, keys, values = pairs.unbind(2)
+        """P_t q_t in place of q_t in the pieces (R, W, H * 3 K), and P (B, H, K, K) after each row's last token."""
+        queries, keys, values = pairs.unflatten(-1, (self.heads, 3, -1)).unbind(3)
         if shards.lengths is not None:
             held = torch.arange(shards.width, device=keys.device) < shards.lengths[:, None]
             keys = keys * held[:, :, None, None]
@@ -168,7 +255,7 @@ class TNT(SelfModifyingTitans):
         start = torch.cat([seen, none]).index_select(0, shards.continues)
         projected, total = project_on_keys(queries.transpose(1, 2), keys.transpose(1, 2), start)
         after = torch.cat([total, none]).index_select(0, shards.final)
-        return torch.stack([normalize(projected.transpose(1, 2)), keys, values], dim=2), after
+        return torch.stack([normalize(projected.transpose(1, 2)), keys, values], dim=3).flatten(2), after
 
     def _no_keys(self, batch_size: int) -> Tensor:
         inner = self.memory.initial.inner
@@ -209,6 +296,7 @@ class LocalMemory(ChunkedMemory):
         self.residual_memory = like.residual_memory
         self.largest_gate = like.largest_gate
         kinds = ("gate", *(["retain"] if like.retention else []), *(["momentum"] if like.momentum else []))
+        self.gates = len(kinds) * like.heads
         for kind in kinds:
             self.register_parameter(f"{kind}_readout", nn.Parameter(torch.randn(like.heads, width) * width**-0.5))
             self.register_parameter(f"{kind}_bias", nn.Parameter(getattr(like, f"{kind}_bias").detach().clone()))
@@ -218,10 +306,10 @@ class LocalMemory(ChunkedMemory):
         return self._fresh(batch_size)
 
     def logits(self, rate: Tensor, retention: Tensor) -> Tensor:
-        """Of the gates, side by side (B, T, gates * H), from what the global memories made (B, T, H, K)."""
+        """Of the gates, side by side (B, C, gates * H), from what the global memories made (B, H, C, K)."""
         sources = {"gate": rate, "retain": retention, "momentum": rate}
         found = [
-            gate_logits(source.transpose(1, 2), getattr(self, f"{kind}_readout"), getattr(self, f"{kind}_bias"))
+            gate_logits(source, getattr(self, f"{kind}_readout"), getattr(self, f"{kind}_bias"))
             for kind, source in sources.items()
             if hasattr(self, f"{kind}_readout")
         ]
@@ -231,7 +319,7 @@ class LocalMemory(ChunkedMemory):
         """All pieces at once.
 
         Args:
-            inputs: q, k, v and logits of the pieces, (R, W, 3 D + gates * H).
+            inputs: q, k, v of each head, then logits, of the pieces: (R, W, 3 D + gates * H).
             memory: of the rows (B, ...), before their first token.
             shards: the pieces.
 
@@ -246,8 +334,9 @@ class LocalMemory(ChunkedMemory):
     def _walk_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor, GateReadouts | None]:
         """q, k, v (3, B, H, T, K) and logits (gates, B, H, T) of inputs (B, T, ...)."""
         width = 3 * self.heads * self.memory.outer.shape[-2]
-        pairs = inputs[..., :width].unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return pairs, inputs[..., width:].unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1), None
+        pairs, logits = inputs.split([width, self.gates], dim=-1)
+        pairs = pairs.unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        return pairs, logits.unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1), None
 
     def _walk_options(self) -> dict[str, Any]:
         return {
@@ -320,15 +409,50 @@ def project_on_keys(queries: Tensor, keys: Tensor, memory: Tensor, *, chunk_size
     return projected.flatten(-3, -2)[..., :tokens, :], total[..., -1, :, :]
 
 
-def check_shards(global_chunk_size: int, local_chunk_sizes: Sequence[int], shard_length: int) -> None:
+def chunks_of(segments: Sequence[Segment], chunk_size: int) -> list[tuple[Segment, ...]]:
+    """The segments of each chunk, whose tokens share a snapshot and whose first one alone may reset."""
+    parts: list[list[Segment]] = [[]]
+    for segment in segments:
+        parts[-1].append(segment)
+        if segment.end % chunk_size == 0:
+            parts.append([])
+    return [tuple(part) for part in parts if part]
+
+
+def thin(segments: Sequence[Segment], stride: int) -> tuple[slice, tuple[Segment, ...]]:
+    """Every stride-th place of the grid, in segments of one chunk: counted from its first one, and segments of these
+    places alone, without resets. Their ends stay where they were, so that chunks are completed as before."""
+    kept: list[Segment] = []
+    firsts = []
+    for segment in segments:
+        assert isinstance(segment.end, int)
+        before = segment.end - (segment.stop - segment.start)
+        first, count = -(before + 1) % stride, segment.end // stride - before // stride
+        firsts.append(first)
+        if count:
+            start = kept[-1].stop if kept else 0
+            active = None if segment.active is None else segment.active[:, first::stride]
+            kept.append(Segment(start, start + count, segment.end, active, None, segment.filled))
+    return slice(firsts[0], None, stride), tuple(kept)
+
+
+def check_shards(
+    global_chunk_size: int, local_chunk_sizes: Sequence[int], shard_length: int, global_stride: int = 1
+) -> None:
     """Refuses sizes that TNT has no use for.
 
     Raises:
         ValueError: naming the one that is off, and sizes that fit.
     """
-    for name, value in (("global_chunk_size", global_chunk_size), ("shard_length", shard_length)):
+    numbers = {"global_chunk_size": global_chunk_size, "shard_length": shard_length, "global_stride": global_stride}
+    for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if global_chunk_size % global_stride:
+        raise ValueError(
+            f"global_stride: expected a divisor of global_chunk_size, got {global_stride} and {global_chunk_size}; for "
+            f"example {math.gcd(global_stride, global_chunk_size)}"
+        )
     if not local_chunk_sizes:
         raise ValueError("local_chunk_sizes: expected one size for each local memory, for example (8, 16); got none")
     for size in local_chunk_sizes:

@@ -40,9 +40,8 @@ def specify_tnt(layer: TNT, x: Tensor, state: State | None = None) -> tuple[Tens
     """
     batch, tokens, _ = x.shape
     state = layer.init_state(batch, dtype=x.dtype) if state is None else state
-    window, position, in_shard, keys = (
-        state[name] for name in ("convolution", "position", "shard_position", "key_projection")
-    )
+    window, position, in_shard = (state[name] for name in ("convolution", "position", "shard_position"))
+    keys = state.get("key_projection")
     memories = Memories.of(layer, batch, state)
     modules: list[LocalMemory] = list(layer.local_memories)  # type: ignore[arg-type]
     locals_ = [
@@ -62,11 +61,19 @@ def specify_tnt(layer: TNT, x: Tensor, state: State | None = None) -> tuple[Tens
         # (23) The global memories make q, k, v and the gates of all, from their snapshot, which is also what is read.
         q, k, v, rate, retention = project(layer, memories, streams)
         position = position + 1
+        running, momentum = dict(memories.running), dict(memories.momentum)
         o = specify_token(layer, memories, streams, position)["chunk"]
+        # (23) They learn from every n-th token. A chunk ends with one, so the snapshot is right.
+        written = position % layer.global_stride == 0
+        for name in memories.names:
+            memories.running[name] = choose(written, memories.running[name], running[name])
+            memories.momentum[name] = choose(written, memories.momentum[name], momentum[name])
 
         # (24) P_t q_t, towards the keys since the reset, this token's included.
-        keys = keys + product(k, k)
-        towards = unit(apply(keys, q))
+        towards = q
+        if keys is not None:
+            keys = keys + product(k, k)
+            towards = unit(apply(keys, q))
         in_shard = in_shard + 1
         for local in locals_:
             o = o + local.token(towards, k, v, rate, retention, in_shard)
@@ -75,12 +82,12 @@ def specify_tnt(layer: TNT, x: Tensor, state: State | None = None) -> tuple[Tens
         # The end of a shard: all local memories and P begin afresh.
         ended = in_shard == layer.shard_length
         in_shard = torch.where(ended, 0, in_shard)
-        keys = torch.where(ended[:, None, None, None], 0, keys)
+        keys = None if keys is None else torch.where(ended[:, None, None, None], 0, keys)
         for local in locals_:
             local.reset(ended)
 
     after = {"position": position % layer.chunk_size, "convolution": window, **memories.named(layer)}
-    after |= {"shard_position": in_shard, "key_projection": keys}
+    after |= {"shard_position": in_shard} | ({} if keys is None else {"key_projection": keys})
     for i, local in enumerate(locals_):
         after |= {f"local.{i}.{name}": value for name, value in local.named().items()}
     return readout(layer, outputs, x), after

@@ -64,8 +64,8 @@ class HopeConfig:
         conv_width: taps of the short convolutions.
         chunk_size: tokens between snapshots of the main memory.
         projection_chunk_size: the same for the projections' memories; None for chunk_size.
-        global_chunk_size, local_chunk_sizes, shard_length: of the mixer "tnt", in place of the two above; see
-            `nestlearn.layers.TNT`.
+        global_chunk_size, local_chunk_sizes, shard_length, global_stride, project_queries: of the mixer "tnt", in place
+            of the two above; see `nestlearn.layers.TNT`.
         inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, residual_memory,
         write_scale, projection_write_scale, write_bound, memory_hidden, gate_hidden_ratio, initial_gate, detach_every,
         backend: see `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans read, retain_to, write_bound,
@@ -88,8 +88,10 @@ class HopeConfig:
     chunk_size: int = 64
     projection_chunk_size: int | None = None
     global_chunk_size: int = 2048
-    local_chunk_sizes: tuple[int, ...] = (8, 16)
+    local_chunk_sizes: tuple[int, ...] = (16,)
     shard_length: int = 2048
+    global_stride: int = 16
+    project_queries: bool = False
     inner_rule: InnerRule = "dgd"
     momentum: bool = False
     read: Read = "token"
@@ -151,7 +153,7 @@ class HopeConfig:
                 f"chunk_size and projection_chunk_size: one must divide the other, got {self.chunk_size} and "
                 f"{projection}; for example {self.chunk_size} and {max(1, self.chunk_size // 4)}"
             )
-        check_shards(self.global_chunk_size, self.local_chunk_sizes, self.shard_length)
+        check_shards(self.global_chunk_size, self.local_chunk_sizes, self.shard_length, self.global_stride)
         gate_hidden(self.memory_hidden or self.dim // self.heads, self.gate_hidden_ratio)
         if not 0 < self.initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")

@@ -33,11 +33,20 @@ def mixer_flops(config: HopeConfig, sequence_length: int) -> float:
         chunk = min(chunk, config.projection_chunk_size or chunk)
         return config.heads * _mlp_memories(config, chunk, sequence_length, memories=memories)
     # TNT: the global memories, each local memory, and queries projected on keys.
-    long = segment_size(config.global_chunk_size)
-    count = _mlp_memories(replace(config, read="chunk"), long, sequence_length, memories=memories)
+    width, stride = config.dim // config.heads, config.global_stride
+    long, written = segment_size(config.global_chunk_size // stride), sequence_length // stride
+    count = 0.0
+    if written:
+        count = _mlp_memories(replace(config, read="chunk"), long, written, memories=memories) * written
+        count /= sequence_length
+    if stride > 1:  # all tokens read, and those that are written read once more
+        hidden = config.memory_hidden or width
+        narrow = gate_hidden(hidden, config.gate_hidden_ratio)
+        count += 4.0 * width * ((memories - 2) * hidden + 2 * narrow)
     shard = min(sequence_length, config.shard_length)
     count += sum(_mlp_memories(config, segment_size(size), shard, own=True) for size in config.local_chunk_sizes)
-    width = config.dim // config.heads
+    if not config.project_queries:
+        return config.heads * count
     chunk = min(64, shard)
     padded = -(-shard // chunk) * chunk / shard
     return config.heads * (count + padded * (4.0 * width * width + 4.0 * chunk * width))

@@ -285,7 +285,8 @@ def build_mixer(config: HopeConfig) -> nn.Module:
         return Attention(dim, heads, conv_width=config.conv_width)
     if config.mixer == "tnt":
         sizes = ("global_chunk_size", "local_chunk_sizes", "shard_length", "conv_width")
-        named = (*sizes, *(name for name in OF_MEMORIES if name != "projection_chunk_size"))
+        own = (*sizes, "global_stride", "project_queries")
+        named = (*own, *(name for name in OF_MEMORIES if name != "projection_chunk_size"))
         return TNT(dim, heads, **{name: getattr(config, name) for name in named})
     chunked: dict[str, Any] = {"chunk_size": config.chunk_size, "conv_width": config.conv_width}
     simple = {"linear_attention": LinearAttention, "delta_net": DeltaNet, "gated_delta_net": GatedDeltaNet}

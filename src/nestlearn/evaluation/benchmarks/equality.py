@@ -96,6 +96,7 @@ def small_config(config: HopeConfig) -> HopeConfig:
         global_chunk_size=16,
         local_chunk_sizes=(2, 4),
         shard_length=12,
+        global_stride=min(config.global_stride, 4),
         memory_hidden=None,
         cms_expansion=2.0,
     )
