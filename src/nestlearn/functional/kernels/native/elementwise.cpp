@@ -138,95 +138,108 @@ void gelu_backward(const T* u, T* h, T* d_h, Index count, int threads) {
   });
 }
 
-// Tokens after which the rows of a task end, so that threads can share one row.
+// Tokens that a task takes at once: threads share a row, and a head of so many tokens stays in a core's cache.
 constexpr Index stretch = 128;
 
-// Of one token, channels [0, n): the sum over taps of weight (taps, channels) and the tokens before it.
+// Of one token, channels [0, n) of a row that has `channels`: the sum over taps of weight (taps, channels) and the
+// tokens before it.
 template <typename T>
-void convolve(const T* x, const T* weight, T* y, Index t, int taps, int channels) {
-  const T* last = weight + Index(taps - 1) * channels;
+void convolve(const T* x, const T* weight, T* y, Index t, int taps, int n, Index channels) {
+  const T* last = weight + (taps - 1) * channels;
   if (taps == 4 && t >= 3) {
     const T *x1 = x - channels, *x2 = x1 - channels, *x3 = x2 - channels;
     const T *w1 = last - channels, *w2 = w1 - channels, *w3 = w2 - channels;
     NESTLEARN_APART
-    for (int i = 0; i < channels; ++i) y[i] = last[i] * x[i] + w1[i] * x1[i] + w2[i] * x2[i] + w3[i] * x3[i];
+    for (int i = 0; i < n; ++i) y[i] = last[i] * x[i] + w1[i] * x1[i] + w2[i] * x2[i] + w3[i] * x3[i];
     return;
   }
   NESTLEARN_APART
-  for (int i = 0; i < channels; ++i) y[i] = last[i] * x[i];
+  for (int i = 0; i < n; ++i) y[i] = last[i] * x[i];
   for (int delay = 1; delay < taps && delay <= t; ++delay)
     NESTLEARN_APART
-    for (int i = 0; i < channels; ++i) y[i] += last[i - Index(delay) * channels] * x[i - Index(delay) * channels];
+    for (int i = 0; i < n; ++i) y[i] += last[i - delay * channels] * x[i - delay * channels];
 }
 
 // x (rows, tokens, groups * heads * key) -> silu(convolution) as (groups, rows, heads, tokens, key).
 template <typename T>
 void convolved_heads(const T* x, const T* weight, T* out, Index rows, Index tokens, int groups, int heads, int key,
                      int taps, int threads) {
-  const int channels = groups * heads * key;
+  const Index channels = Index(groups) * heads * key;
   share(rows * tokens, threads, [=](int, Index begin, Index end) {
     std::vector<T> y(channels);
     for (Index at = begin; at < end; ++at) {
       const Index row = at / tokens, t = at % tokens;
-      convolve(x + at * channels, weight, y.data(), t, taps, channels);
-      for (int j = 0; j < groups * heads; ++j) {
-        T* to = out + (((j / heads * rows + row) * heads + j % heads) * tokens + t) * key;
-        const T* from = y.data() + j * key;
-        NESTLEARN_APART
-        for (int i = 0; i < key; ++i) to[i] = from[i] * sigmoid(from[i]);
-      }
+      convolve(x + at * channels, weight, y.data(), t, taps, int(channels), channels);
+      for (int j = 0; j < groups * heads; ++j)
+        activate(key, y.data() + j * key, out + (((j / heads * rows + row) * heads + j % heads) * tokens + t) * key);
     }
   });
+}
+
+// Of one token's sum with gradients d (taps, n) of its own and the following sums, d_x; and what it adds to d_weight.
+template <typename T>
+void convolve_backward(const T* x, const T* weight, const T* d, T* d_x, T* d_weight, Index t, int taps, int n,
+                       Index channels) {
+  const T* w = weight + (taps - 1) * channels;
+  if (taps == 4 && t >= 3) {
+    const T *x1 = x - channels, *x2 = x1 - channels, *x3 = x2 - channels;
+    const T *w1 = w - channels, *w2 = w1 - channels, *w3 = w2 - channels;
+    const T *d1 = d + n, *d2 = d1 + n, *d3 = d2 + n;
+    T *s3 = d_weight, *s2 = s3 + n, *s1 = s2 + n, *s0 = s1 + n;
+    NESTLEARN_APART
+    for (int i = 0; i < n; ++i) {
+      d_x[i] = w[i] * d[i] + w1[i] * d1[i] + w2[i] * d2[i] + w3[i] * d3[i];
+      s0[i] += d[i] * x[i];
+      s1[i] += d[i] * x1[i];
+      s2[i] += d[i] * x2[i];
+      s3[i] += d[i] * x3[i];
+    }
+    return;
+  }
+  std::fill(d_x, d_x + n, T(0));
+  for (int delay = 0; delay < taps; ++delay) {
+    const T *later = d + Index(delay) * n, *by = w - delay * channels;
+    NESTLEARN_APART
+    for (int i = 0; i < n; ++i) d_x[i] += by[i] * later[i];
+    if (delay > t) continue;
+    const T* from = x - delay * channels;
+    T* sum = d_weight + Index(taps - 1 - delay) * n;
+    NESTLEARN_APART
+    for (int i = 0; i < n; ++i) sum[i] += d[i] * from[i];
+  }
 }
 
 // d_weight (threads, taps, channels), zero before.
 template <typename T>
 void convolved_heads_backward(const T* x, const T* weight, const T* d_out, T* d_x, T* d_weight, Index rows,
                               Index tokens, int groups, int heads, int key, int taps, int threads) {
-  const int channels = groups * heads * key;
-  const Index pieces = (tokens + stretch - 1) / stretch;
+  const Index channels = Index(groups) * heads * key, pieces = (tokens + stretch - 1) / stretch;
   share(rows * pieces, threads, [=](int thread, Index begin, Index end) {
-    std::vector<T> ring(Index(taps) * channels), y(channels);  // the gradients of the last sums, and one sum
-    T* sum = d_weight + Index(thread) * taps * channels;
+    // Of one head: the sums and what follows from them, for the tokens of the stretch and those that see its last ones.
+    const Index room = (stretch + taps - 1) * key;
+    std::vector<T> sums(room), silu(room), d(room), d_w(Index(taps) * key);
     for (Index task = begin; task < end; ++task) {
       const Index row = task / pieces, first = task % pieces * stretch, last = std::min(first + stretch, tokens);
-      // The sums of later tokens reach back into this stretch; their part of d_weight belongs to the next one.
-      for (Index t = first; t < last + taps - 1; ++t) {
-        T* d_y = ring.data() + t % taps * channels;
-        if (t < tokens) {
-          const T* here = x + (row * tokens + t) * channels;
-          convolve(here, weight, y.data(), t, taps, channels);
-          for (int j = 0; j < groups * heads; ++j) {
-            const T* from = d_out + (((j / heads * rows + row) * heads + j % heads) * tokens + t) * key;
-            const T* at = y.data() + j * key;
-            T* to = d_y + j * key;
-            NESTLEARN_APART
-            for (int i = 0; i < key; ++i) {
-              const T s = sigmoid(at[i]);
-              to[i] = from[i] * silu_slope(s, at[i] * s);
-            }
-          }
-          for (int delay = 0; t < last && delay < taps && delay <= t; ++delay) {
-            T* to = sum + Index(taps - 1 - delay) * channels;
-            const T* from = here - Index(delay) * channels;
-            NESTLEARN_APART
-            for (int i = 0; i < channels; ++i) to[i] += d_y[i] * from[i];
-          }
-        } else {
-          std::fill(d_y, d_y + channels, T(0));
-        }
-        const Index done = t - taps + 1;
-        if (done < first) continue;
-        T* to = d_x + (row * tokens + done) * channels;
-        for (int delay = 0; delay < taps; ++delay) {
-          const T *d = ring.data() + (done + delay) % taps * channels, *w = weight + Index(taps - 1 - delay) * channels;
-          if (delay == 0)
-            NESTLEARN_APART
-            for (int i = 0; i < channels; ++i) to[i] = d[i] * w[i];
-          else
-            NESTLEARN_APART
-            for (int i = 0; i < channels; ++i) to[i] += d[i] * w[i];
-        }
+      const Index seen = std::min(last + taps - 1, tokens);
+      for (int j = 0; j < groups * heads; ++j) {
+        const T* w = weight + Index(j) * key;
+        const T* own = x + row * tokens * channels + Index(j) * key;
+        for (Index t = first; t < seen; ++t)
+          convolve(own + t * channels, w, sums.data() + (t - first) * key, t, taps, key, channels);
+        const int count = int((seen - first) * key);
+        activate(count, sums.data(), silu.data());
+        const T* from = d_out + (((j / heads * rows + row) * heads + j % heads) * tokens + first) * key;
+        T *to = d.data(), *s = sums.data(), *h = silu.data();
+        NESTLEARN_APART
+        for (int i = 0; i < count; ++i) to[i] = from[i] * silu_slope(s[i], h[i]);
+        std::fill(d.begin() + count, d.end(), T(0));
+        std::fill(d_w.begin(), d_w.end(), T(0));
+        T* d_own = d_x + row * tokens * channels + Index(j) * key;
+        for (Index t = first; t < last; ++t)
+          convolve_backward(own + t * channels, w, d.data() + (t - first) * key, d_own + t * channels, d_w.data(), t, taps,
+                            key, channels);
+        T* sum = d_weight + Index(thread) * taps * channels + Index(j) * key;
+        for (int tap = 0; tap < taps; ++tap) axpy(key, T(1), d_w.data() + Index(tap) * key, sum + tap * channels);
       }
     }
   });

@@ -158,6 +158,11 @@ inline T dot(int n, const T* a, const T* b) {
   return sum;
 }
 
+template <typename T>
+inline void scale_row(int n, T alpha, const T* __restrict x, T* __restrict y) {
+  for (int i = 0; i < n; ++i) y[i] = alpha * x[i];
+}
+
 // 1 / sqrt(mean(x^2) + eps)
 template <typename T>
 inline T inverse_rms(int n, const T* x, T eps) {

@@ -478,8 +478,8 @@ class Task {
 
   void normalize(const T* x, std::vector<T>& y, std::vector<T>& inverse) {
     for (int i = 0; i < c; ++i) {
-      inverse[i] = 1 / std::sqrt(dot(K, x + i * K, x + i * K) + T(1e-12));
-      for (int k = 0; k < K; ++k) y[i * K + k] = x[i * K + k] * inverse[i];
+      const T by = inverse[i] = 1 / std::sqrt(dot(K, x + i * K, x + i * K) + T(1e-12));
+      scale_row(K, by, x + i * K, &y[i * K]);
     }
   }
 
@@ -532,10 +532,8 @@ class Task {
       }
       t.outer_coefficient[i] = -scale * t.on_error[i] * t.strengths[i].write;
       t.inner_coefficient[i] = -scale * t.on_error[i] * t.on_image[i] * inner_strengths[i].write;
-#pragma GCC ivdep
-      for (int j = 0; j < H; ++j) t.inner_values[i * H + j] = t.image[i * H + j] * t.inner_coefficient[i];
-#pragma GCC ivdep
-      for (int j = 0; j < V; ++j) t.outer_values[i * V + j] = t.error[i * V + j] * t.outer_coefficient[i];
+      scale_row(H, t.inner_coefficient[i], &t.image[i * H], &t.inner_values[i * H]);
+      scale_row(V, t.outer_coefficient[i], &t.error[i * V], &t.outer_values[i * V]);
     }
     transpose(c, H, t.h.data(), H, t.h_t.data(), ld);
     for (int k = 0; k < H; ++k)
@@ -590,9 +588,7 @@ class Task {
   template <typename F>
   void scaled(const T* x, int width, F factor) {
     for (int i = 0; i < c; ++i) {
-      const T f = factor(i);
-#pragma GCC ivdep
-      for (int j = 0; j < width; ++j) wide[i * width + j] = f * x[i * width + j];
+      scale_row(width, factor(i), x + i * width, &wide[i * width]);
     }
   }
 
@@ -600,13 +596,10 @@ class Task {
   void advance(const T* x, int width, const std::vector<T>& writes, int columns, const std::vector<T>& erased,
                T* memory, T* momentum) {
     const T *last = decays.write_row(w.has_momentum, c - 1), *last_retain = decays.row(decays.retain_between, c - 1);
-    for (int i = 0; i < c; ++i)
-#pragma GCC ivdep
-      for (int j = 0; j < columns; ++j) {
-        T x_ = writes[i * columns + j] * last[i];
-        if (momentum) x_ += erased[i * columns + j] * last_retain[i];
-        wide2[i * columns + j] = x_;
-      }
+    for (int i = 0; i < c; ++i) {
+      scale_row(columns, last[i], &writes[i * columns], &wide2[i * columns]);
+      if (momentum) axpy(columns, last_retain[i], &erased[i * columns], &wide2[i * columns]);
+    }
     const T kept = decays.kept[c - 1];
     const std::ptrdiff_t size = std::ptrdiff_t(columns) * width;
     if (momentum) {
@@ -621,8 +614,7 @@ class Task {
     if (!momentum) return;
     const T* of_momentum = decays.row(decays.momentum_between, c - 1);
     for (int i = 0; i < c; ++i)
-#pragma GCC ivdep
-      for (int j = 0; j < columns; ++j) wide2[i * columns + j] = writes[i * columns + j] * of_momentum[i];
+      scale_row(columns, of_momentum[i], &writes[i * columns], &wide2[i * columns]);
 #pragma GCC ivdep
     for (std::ptrdiff_t i = 0; i < size; ++i) momentum[i] *= decays.momentum_kept[c - 1];
     gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, momentum, width, 1, true);
@@ -701,8 +693,7 @@ class Task {
     for (int i = 0; i < c; ++i) {
       const T g = read_kept(i), along = dot(width, q + i * width, &wide[i * width]);
       add_log_kept(i, g * along);
-#pragma GCC ivdep
-      for (int j = 0; j < width; ++j) d_q[i * width + j] = g * wide[i * width + j];
+      scale_row(width, g, &wide[i * width], d_q + i * width);
     }
     scaled_into(d_out, columns, wide2, [&](int i) { return read_kept(i); });
     gemm<T>(columns, width, c, wide2.data(), 1, columns, q, width, d_memory, width, 1, true);
@@ -760,9 +751,7 @@ class Task {
   template <typename F>
   void scaled_into(const T* x, int width, std::vector<T>& out, F factor) {
     for (int i = 0; i < c; ++i) {
-      const T f = factor(i);
-#pragma GCC ivdep
-      for (int j = 0; j < width; ++j) out[i * width + j] = f * x[i * width + j];
+      scale_row(width, factor(i), x + i * width, &out[i * width]);
     }
   }
 
@@ -830,15 +819,15 @@ class Task {
       d_gate[i] += g.gate;
       d_retain[i] += g.retain;
       d_momentum[i] += g.momentum;
-      const T on_h = 2 * g.square;
+      const T on_h = 2 * g.square, on_inner = t.inner_coefficient[i], on_outer = t.outer_coefficient[i];
 #pragma GCC ivdep
       for (int j = 0; j < H; ++j) {
-        d_image[i * H + j] = t.inner_coefficient[i] * d_inner_values[i * H + j] + 2 * d_image_square * t.image[i * H + j];
+        d_image[i * H + j] = on_inner * d_inner_values[i * H + j] + 2 * d_image_square * t.image[i * H + j];
         d_h[i * H + j] += on_h * t.h[i * H + j];
       }
 #pragma GCC ivdep
       for (int j = 0; j < V; ++j)
-        d_error[i * V + j] = t.outer_coefficient[i] * d_outer_values[i * V + j] + 2 * d_error_square * t.error[i * V + j];
+        d_error[i * V + j] = on_outer * d_outer_values[i * V + j] + 2 * d_error_square * t.error[i * V + j];
     }
 
     // Back from the image and the error (Eq. 84, 85).
@@ -1010,7 +999,7 @@ class Task {
       gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, d_reference, width, 1, true);
     }
     if (!momentum) {
-      copy(right.data(), d_given.data(), std::ptrdiff_t(c) * columns);
+      std::swap(right, d_given);
       return;
     }
     gemm<T>(c, width, columns, right.data(), columns, 1, momentum, width, wide.data(), width);
@@ -1154,7 +1143,9 @@ class Task {
   void normalize_backward(const std::vector<T>& d_y, const std::vector<T>& y, const std::vector<T>& inverse, T* d_x) {
     for (int i = 0; i < c; ++i) {
       const T along = dot(K, &d_y[i * K], &y[i * K]);
-      for (int k = 0; k < K; ++k) d_x[i * K + k] = (d_y[i * K + k] - y[i * K + k] * along) * inverse[i];
+      const T by = inverse[i];
+#pragma GCC ivdep
+      for (int k = 0; k < K; ++k) d_x[i * K + k] = (d_y[i * K + k] - y[i * K + k] * along) * by;
     }
   }
 
