@@ -20,7 +20,8 @@ using Index = std::int64_t;
 // Calls work(thread, begin, end) on equal parts of [0, count): always the same ones, so that sums round alike.
 template <typename F>
 void share(Index count, int threads, F work) {
-  if (!in_threads(threads, [&](int i) { work(i, count * i / threads, count * (i + 1) / threads); })) throw std::bad_alloc();
+  const auto part = [&](int i) { work(i, count * i / threads, count * (i + 1) / threads); };
+  if (!in_parallel(threads, threads, part)) throw std::bad_alloc();
 }
 
 // d_x of y = x r w for g = d_y w.

@@ -1,8 +1,6 @@
 // Products of large matrices with few vectors, and the threads that share them.
 #pragma once
 
-#include <dlfcn.h>
-
 #include <new>
 
 #include "linear.h"
@@ -63,38 +61,12 @@ void times_transposed(int count, int n, const T* a, std::ptrdiff_t ld, const T* 
 
 // ---- threads ----
 
-// The pool of the caller's own OpenMP runtime, where there is one in the process: its threads are awake already.
-using Pool = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
 // With fewer pieces of work than this it takes longer to start a thread of our own than to do its part.
 constexpr int enough = 64;
 
 template <typename F>
-struct Shared {
-  const F& each;
-  int count;
-  std::atomic<int> next{0};
-  std::atomic<bool> whole{true};
-  static void work(void* p) {
-    Shared& s = *static_cast<Shared*>(p);
-    try {
-      for (int i; (i = s.next++) < s.count;) s.each(i);
-    } catch (...) {
-      s.whole = false;
-    }
-  }
-};
-
-template <typename F>
 void parallel(int threads, int count, const F& each) {
-  static const Pool pool = reinterpret_cast<Pool>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  Shared<F> shared{each, count};
-  threads = std::min(threads, count);
-  if (threads > 1 && pool)
-    pool(&Shared<F>::work, &shared, unsigned(threads), 0);
-  else
-    in_threads(count < enough ? 1 : threads, [&](int) { Shared<F>::work(&shared); });
-  if (!shared.whole) throw std::bad_alloc();
+  if (!in_parallel(threads, count, each, count >= enough)) throw std::bad_alloc();
 }
 
 // Rows of a large matrix that one thread takes at once.

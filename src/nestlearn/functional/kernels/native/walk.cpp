@@ -1182,7 +1182,8 @@ template <typename T>
 bool run(const Walk& w, bool backward) {
   std::atomic<int> next{0};
   const int tasks = w.rows * w.heads;
-  return in_threads(std::min(w.threads, tasks), [&](int) {
+  const int threads = std::min(w.threads, tasks);
+  return in_parallel(threads, threads, [&](int) {
     Task<T> task(w);
     for (int n; (n = next++) < tasks;) {
       task.choose(n);
