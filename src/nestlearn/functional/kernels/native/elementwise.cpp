@@ -237,8 +237,8 @@ void convolved_heads_backward(const T* x, const T* weight, const T* d_out, T* d_
         std::fill(d_w.begin(), d_w.end(), T(0));
         T* d_own = d_x + row * tokens * channels + Index(j) * key;
         for (Index t = first; t < last; ++t)
-          convolve_backward(own + t * channels, w, d.data() + (t - first) * key, d_own + t * channels, d_w.data(), t, taps,
-                            key, channels);
+          convolve_backward(own + t * channels, w, d.data() + (t - first) * key, d_own + t * channels, d_w.data(), t,
+                            taps, key, channels);
         T* sum = d_weight + Index(thread) * taps * channels + Index(j) * key;
         for (int tap = 0; tap < taps; ++tap) axpy(key, T(1), d_w.data() + Index(tap) * key, sum + tap * channels);
       }
@@ -248,33 +248,36 @@ void convolved_heads_backward(const T* x, const T* weight, const T* d_out, T* d_
 
 }  // namespace
 
-#define NESTLEARN_EXPORT(T, suffix)                                                                                                        \
-  extern "C" std::int32_t rms_norm_##suffix(const T* x, const T* w, T* y, Index rows, int width, double eps, int threads) {                \
-    return status([&] { rms_norm<T>(x, w, y, rows, width, T(eps), threads); });                                                            \
-  }                                                                                                                                        \
-  extern "C" std::int32_t rms_norm_backward_##suffix(const T* x, const T* w, const T* d_y, T* d_x, T* d_w, Index rows,                     \
-                                             int width, double eps, int threads) {                                                         \
-    return status([&] { rms_norm_backward<T>(x, w, d_y, d_x, d_w, rows, width, T(eps), threads); });                                       \
-  }                                                                                                                                        \
-  extern "C" std::int32_t gated_norm_##suffix(const T* x, const T* w, const T* gate, T* z, Index rows, int width, double eps,              \
-                                      int threads) {                                                                                       \
-    return status([&] { gated_norm<T>(x, w, gate, z, rows, width, T(eps), threads); });                                                    \
-  }                                                                                                                                        \
-  extern "C" std::int32_t gated_norm_backward_##suffix(const T* x, const T* w, const T* gate, const T* d_z, T* z, T* d_x,                  \
-                                               T* d_gate, T* d_w, Index rows, int width, double eps, int threads) {                        \
-    return status([&] { gated_norm_backward<T>(x, w, gate, d_z, z, d_x, d_gate, d_w, rows, width, T(eps), threads); });                    \
-  }                                                                                                                                        \
-  extern "C" std::int32_t gelu_backward_##suffix(const T* u, T* h, T* d_h, Index count, int threads) {                                     \
-    return status([&] { gelu_backward<T>(u, h, d_h, count, threads); });                                                                   \
-  }                                                                                                                                        \
-  extern "C" std::int32_t convolved_heads_##suffix(const T* x, const T* weight, T* out, Index rows, Index tokens, int groups,              \
-                                           int heads, int key, int taps, int threads) {                                                    \
-    return status([&] { convolved_heads<T>(x, weight, out, rows, tokens, groups, heads, key, taps, threads); });                           \
-  }                                                                                                                                        \
-  extern "C" std::int32_t convolved_heads_backward_##suffix(const T* x, const T* weight, const T* d_out, T* d_x, T* d_weight,              \
-                                                    Index rows, Index tokens, int groups, int heads, int key,                              \
-                                                    int taps, int threads) {                                                               \
-    return status([&] { convolved_heads_backward<T>(x, weight, d_out, d_x, d_weight, rows, tokens, groups, heads, key, taps, threads); }); \
+#define NESTLEARN_EXPORT(T, suffix)                                                                           \
+  extern "C" std::int32_t rms_norm_##suffix(const T* x, const T* w, T* y, Index rows, int width, double eps,  \
+      int threads) {                                                                                          \
+    return status([&] { rms_norm<T>(x, w, y, rows, width, T(eps), threads); });                               \
+  }                                                                                                           \
+  extern "C" std::int32_t rms_norm_backward_##suffix(const T* x, const T* w, const T* d_y, T* d_x, T* d_w,    \
+      Index rows, int width, double eps, int threads) {                                                       \
+    return status([&] { rms_norm_backward<T>(x, w, d_y, d_x, d_w, rows, width, T(eps), threads); });          \
+  }                                                                                                           \
+  extern "C" std::int32_t gated_norm_##suffix(const T* x, const T* w, const T* gate, T* z, Index rows,        \
+      int width, double eps, int threads) {                                                                   \
+    return status([&] { gated_norm<T>(x, w, gate, z, rows, width, T(eps), threads); });                       \
+  }                                                                                                           \
+  extern "C" std::int32_t gated_norm_backward_##suffix(const T* x, const T* w, const T* gate, const T* d_z,   \
+      T* z, T* d_x, T* d_gate, T* d_w, Index rows, int width, double eps, int threads) {                      \
+    return status([&] { gated_norm_backward<T>(x, w, gate, d_z, z, d_x, d_gate, d_w, rows, width, T(eps),     \
+        threads); });                                                                                         \
+  }                                                                                                           \
+  extern "C" std::int32_t gelu_backward_##suffix(const T* u, T* h, T* d_h, Index count, int threads) {        \
+    return status([&] { gelu_backward<T>(u, h, d_h, count, threads); });                                      \
+  }                                                                                                           \
+  extern "C" std::int32_t convolved_heads_##suffix(const T* x, const T* weight, T* out, Index rows,           \
+      Index tokens, int groups, int heads, int key, int taps, int threads) {                                  \
+    return status([&] { convolved_heads<T>(x, weight, out, rows, tokens, groups, heads, key, taps,            \
+        threads); });                                                                                         \
+  }                                                                                                           \
+  extern "C" std::int32_t convolved_heads_backward_##suffix(const T* x, const T* weight, const T* d_out,      \
+      T* d_x, T* d_weight, Index rows, Index tokens, int groups, int heads, int key, int taps, int threads) { \
+    return status([&] { convolved_heads_backward<T>(x, weight, d_out, d_x, d_weight, rows, tokens, groups,    \
+        heads, key, taps, threads); });                                                                       \
   }
 
 NESTLEARN_EXPORT(float, float)

@@ -46,7 +46,8 @@ StrengthGradient<T> strength_backward(const GateRule& rule, T gate, T retain, T 
   d_write *= active;
   const T kept = rule.momentum ? 1 - momentum : T(1);
   if (rule.negative_eigenvalues) {
-    const T clamped = std::max(square, T(1)), reach = (1 + retain) / clamped, erase = gate * reach, rest = reach - erase;
+    const T clamped = std::max(square, T(1)), reach = (1 + retain) / clamped, erase = gate * reach,
+        rest = reach - erase;
     const T write = std::min(erase, rest);
     if (rule.momentum) d.momentum = -write * d_write;
     const T through = d_write * kept;
@@ -82,7 +83,8 @@ struct Decays {
   T d_momentum_carried = 0;
 
   explicit Decays(int chunk, int padded) {
-    for (auto* v : {&gate, &retain, &momentum, &log_retain, &log_momentum, &active, &total, &kept, &carry, &momentum_total,
+    for (auto* v : {&gate, &retain, &momentum, &log_retain, &log_momentum, &active, &total, &kept, &carry,
+                    &momentum_total,
                     &momentum_kept, &d_log_kept, &d_carry, &d_momentum_last})
       v->assign(chunk + 1, 0);
     for (auto* v : {&retain_between, &write_between, &momentum_between, &d_log_between, &d_write})

@@ -81,7 +81,8 @@ void product(int m, int n, int k, const T* a, std::ptrdiff_t a_step, const T* b,
     for (; j < columns; ++j) {
       for (int r = 0; r < rows; ++r) {
         T sum = 0;
-        for (int p = 0; p < depth; ++p) sum += ai[ROWS ? r * a_step + p : p * a_step + r] * bi[std::ptrdiff_t(p) * ldb + j];
+        for (int p = 0; p < depth; ++p)
+          sum += ai[ROWS ? r * a_step + p : p * a_step + r] * bi[std::ptrdiff_t(p) * ldb + j];
         T& out = ci[std::ptrdiff_t(r) * ldc + j];
         out = add ? out + alpha * sum : alpha * sum;
       }
@@ -211,7 +212,8 @@ void solve_lower(int c, int n, const T* a, int lda, T* r, int ldr) {
   constexpr int block = 12;
   for (int b = 0; b < c; b += block) {
     const int end = std::min(c, b + block);
-    if (b) gemm<T>(end - b, n, b, a + std::ptrdiff_t(b) * lda, lda, 1, r, ldr, r + std::ptrdiff_t(b) * ldr, ldr, -1, true);
+    if (b) gemm<T>(end - b, n, b, a + std::ptrdiff_t(b) * lda, lda, 1, r, ldr, r + std::ptrdiff_t(b) * ldr, ldr, -1,
+                   true);
     if (end - b == block) {
       solve_block<T, block, true>(n, a + std::ptrdiff_t(b) * lda + b, lda, 1, r + std::ptrdiff_t(b) * ldr, ldr);
       continue;

@@ -9,7 +9,8 @@
 #include <thread>
 #include <vector>
 
-// The pool of the caller's own OpenMP runtime, where there is one in the process. Its threads wait for work in a loop for
+// The pool of the caller's own OpenMP runtime, where there is one in the process. Its threads wait for work in a loop
+// for
 // a while after each operation of PyTorch, so others would have to share the cores with them.
 using Pool = void (*)(void (*)(void*), void*, unsigned, unsigned);
 

@@ -115,7 +115,8 @@ class Head {
     const int count = outer ? K : width(m), length = outer ? width(m) : K;
     T* to = next;
     for (int i = 0; i < count; ++i)
-      for (int j = 0; j < length; ++j) to[i * length + j] = change.data[i * change.ld + j] + fixed.data[i * fixed.ld + j];
+      for (int j = 0; j < length; ++j) to[i * length + j] = change.data[i * change.ld + j] + fixed.data[i * fixed.ld +
+                                                                                                        j];
     next += count * length;
     return {to, length};
   }

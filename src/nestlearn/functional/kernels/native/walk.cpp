@@ -7,9 +7,10 @@
 #include "threads.h"
 
 struct Walk {
-  // Sizes: rows and heads (N = rows * heads), memories, those read for k, v, gates (and q), the first of the narrow ones
-  // and the one after them, key, hidden and value width, longest segment, segments, places.
-  std::int32_t rows, heads, memories, projections, narrow_first, narrow_stop, key, hidden, value, chunk, segments, places;
+  // Sizes: rows and heads (N = rows * heads), memories, those read for k, v, gates (and q), the first of the narrow
+  // ones and the one after them, key, hidden and value width, longest segment, segments, places.
+  std::int32_t rows, heads, memories, projections, narrow_first, narrow_stop, key, hidden, value, chunk, segments,
+      places;
   std::int32_t rule;  // 0 dgd, 1 gd, 2 delta
   std::int32_t read;  // 0 token, 1 previous, 2 chunk
   std::int32_t negative_eigenvalues, own_targets, main_residual, adaptive_query, to_initial;
@@ -22,7 +23,8 @@ struct Walk {
   const std::uint8_t* active;         // (rows, places) or null
   const std::uint8_t* reset;          // (segments, rows)
   const std::uint8_t* completes;      // (2, segments, rows): of the main memory, of the others
-  // Inputs; memories (N or heads, M, ...) are padded with zeros to `hidden`. streams (3 or 4, N, places, key): q, k, v and the gates' input.
+  // Inputs; memories (N or heads, M, ...) are padded with zeros to `hidden`. streams (3 or 4, N, places, key): q, k, v
+  // and the gates' input.
   const void *streams, *logits;       // logits (1 to 3, N, places) where they are given
   const void *readouts[6];            // gate, its bias, retain, its bias, momentum, its bias: (heads, key), (heads)
   const void *base[2], *base_narrow[2];  // inner, outer (heads, M, ...); of the narrow memories apart, or null
@@ -306,8 +308,8 @@ class Task {
     const std::ptrdiff_t size = total(i % 2);
     return static_cast<T*>(w.saved[i]) + (std::ptrdiff_t(s) * w.rows * w.heads + n) * size;
   }
-  // Memory m of a tensor of initial memories, where the narrow ones may lie apart. `which` is the head, or for gradients
-  // the row and head.
+  // Memory m of a tensor of initial memories, where the narrow ones may lie apart. `which` is the head, or for
+  // gradients the row and head.
   T* initial(const void* const* wide, const void* const* narrow, bool outer, int m, int which) const {
     const std::ptrdiff_t first = at(outer, w.narrow_first), apart = at(outer, w.narrow_stop) - first;
     if (m >= w.narrow_first && m < w.narrow_stop)
@@ -541,19 +543,19 @@ class Task {
     turned(H, K, run_inner, t.change_inner_t);
     turned(V, H, run_outer, t.change_outer_t);
     if (rule.erases) triangular(t.h.data(), H, t.h_t.data(), t.strengths, t.products, t.factor);
-    solve(keys.data(), K, H, t.inner_values, run_inner, t.change_inner_t.data(), snap_inner, momentum_inner, inner_strengths,
-          inner_products, inner_factor, t.inner, inner_erased);
-    solve(t.h.data(), H, V, t.outer_values, run_outer, t.change_outer_t.data(), snap_outer, momentum_outer, t.strengths, t.products,
-          t.factor, t.outer, outer_erased);
+    solve(keys.data(), K, H, t.inner_values, run_inner, t.change_inner_t.data(), snap_inner, momentum_inner,
+          inner_strengths, inner_products, inner_factor, t.inner, inner_erased);
+    solve(t.h.data(), H, V, t.outer_values, run_outer, t.change_outer_t.data(), snap_outer, momentum_outer,
+          t.strengths, t.products, t.factor, t.outer, outer_erased);
   }
 
   bool has_residual(int m) const { return m < M - 1 ? true : w.main_residual != 0; }
 
   // The triangular system of one map: x (c x width), values (c x columns), memory (columns x width) and its transpose.
   // `given` is kept with momentum only.
-  void solve(const T* x, int width, int columns, std::vector<T>& given, const T* memory, const T* memory_t, const T* reference,
-             const T* momentum, const std::vector<Strength<T>>& e, const std::vector<T>& products,
-             const std::vector<T>& factor, std::vector<T>& writes, std::vector<T>& erased) {
+  void solve(const T* x, int width, int columns, std::vector<T>& given, const T* memory, const T* memory_t,
+             const T* reference, const T* momentum, const std::vector<Strength<T>>& e,
+             const std::vector<T>& products, const std::vector<T>& factor, std::vector<T>& writes, std::vector<T>& erased) {
     if (momentum)
       copy(given.data(), writes.data(), std::ptrdiff_t(c) * columns);
     else
@@ -622,15 +624,16 @@ class Task {
 
   // ---- reads of the main memory, whose tiles are in t ----
   // Its hidden features and, if they are wanted, the outputs.
-  void read_main(const T* run_inner, const T* run_outer, const T* momentum_inner, const T* momentum_outer, bool output) {
+  void read_main(const T* run_inner, const T* run_outer, const T* momentum_inner, const T* momentum_outer,
+                 bool output) {
     const int m = M - 1;
     if (w.read == 2) {
       times(queries.data(), K, whole->inner.data(), whole->inner_t.data(), H, read_s.data());
       activate(c * H, read_s.data(), features.data());
       if (output) times(features.data(), H, whole->outer.data(), whole->outer_t.data(), V, read_out.data());
     } else {
-      read(queries.data(), K, H, inner_attention, run_inner, t.change_inner_t.data(), momentum_inner, t.inner, inner_erased,
-           base(false, m), read_s);
+      read(queries.data(), K, H, inner_attention, run_inner, t.change_inner_t.data(), momentum_inner, t.inner,
+           inner_erased, base(false, m), read_s);
       activate(c * H, read_s.data(), features.data());
       gemm<T>(c, ld, H, features.data(), H, 1, t.h_t.data(), ld, outer_attention.data(), ld, 1, false, Shape::OutLower);
       if (output)
@@ -659,8 +662,9 @@ class Task {
   }
   std::vector<T>& write_between() { return w.has_momentum ? decays.write_between : decays.retain_between; }
 
-  void read(const T* q, int width, int columns, const std::vector<T>& attention, const T* memory, const T* memory_t, const T* momentum,
-            const std::vector<T>& writes, const std::vector<T>& erased, const T* fixed, std::vector<T>& out) {
+  void read(const T* q, int width, int columns, const std::vector<T>& attention, const T* memory, const T* memory_t,
+            const T* momentum, const std::vector<T>& writes, const std::vector<T>& erased, const T* fixed,
+            std::vector<T>& out) {
     scaled(q, width, [&](int i) { return read_kept(i); });
     times(wide.data(), width, memory, memory_t, columns, out.data());
     weigh(write_between(), attention);
@@ -727,7 +731,8 @@ class Task {
     gemm<T>(c, ld, columns, d_out, columns, 1, wide_t.data(), ld, pairs.data(), ld, 1, false, Shape::OutLower);
     for (int i = 0; i < c; ++i) {
       const int at = i - before(), end = at + 1;
-      const T *r = decays.row(between, at), *a = &attention[std::ptrdiff_t(i) * ld], *p = &pairs[std::ptrdiff_t(i) * ld];
+      const T *r = decays.row(between, at), *a = &attention[std::ptrdiff_t(i) * ld],
+          *p = &pairs[std::ptrdiff_t(i) * ld];
       T *f = &d_factor[std::ptrdiff_t(i) * ld], *out = &weighted[std::ptrdiff_t(i) * ld];
       T* g = decays.row(plain ? decays.d_write : decays.d_log_between, at);
 #pragma GCC ivdep
@@ -815,7 +820,8 @@ class Task {
         if (t.error_square[i] >= square) d_error_square = d_on_error * T(-0.5) * on_error / t.error_square[i];
       }
       const StrengthGradient<T> g = strength_backward<T>(rule, decays.gate[i], decays.retain[i], decays.momentum[i],
-                                                         t.h_square[i], decays.active[i], d_outer_erase[i], d_outer_write);
+                                                         t.h_square[i], decays.active[i], d_outer_erase[i],
+                                                             d_outer_write);
       d_gate[i] += g.gate;
       d_retain[i] += g.retain;
       d_momentum[i] += g.momentum;
@@ -904,7 +910,8 @@ class Task {
       for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
       read_backward(scratch_h.data(), queries.data(), K, H, inner_attention, run[0] + at(0, m), momentum_inner,
                     t.inner, inner_erased, base(false, m), keys.data(), d_queries.data(), d_inner.data(),
-                    d_inner_erased.data(), d_keys.data(), before_inner.data(), momentum_before_inner.data(), base_inner);
+                    d_inner_erased.data(), d_keys.data(), before_inner.data(), momentum_before_inner.data(),
+                        base_inner);
     }
     if (w.main_residual) axpy(c * K, T(1), d_out, d_queries.data());
   }
@@ -1042,7 +1049,8 @@ class Task {
 
   // Of A = erase R_before * x x^T.
   void factor_backward(const T* x, int width, const std::vector<Strength<T>>& e, const std::vector<T>& products,
-                       const std::vector<T>& factor, std::vector<T>& d_a, std::vector<T>& d_x, std::vector<T>& d_erase) {
+                       const std::vector<T>& factor, std::vector<T>& d_a, std::vector<T>& d_x,
+                           std::vector<T>& d_erase) {
     if (!rule.erases) return;
     for (int i = 0; i < c; ++i) {
       const T* r = decays.row(decays.retain_between, i - 1);
@@ -1063,7 +1071,8 @@ class Task {
   }
 
   void inner_factor_backward() {
-    factor_backward(keys.data(), K, inner_strengths, inner_products, inner_factor, d_inner_factor, d_keys, d_inner_erase);
+    factor_backward(keys.data(), K, inner_strengths, inner_products, inner_factor, d_inner_factor, d_keys,
+                    d_inner_erase);
     for (int i = 0; i < c; ++i) {
       const StrengthGradient<T> g =
           strength_backward<T>(rule, decays.gate[i], decays.retain[i], decays.momentum[i], key_square[i],
