@@ -326,3 +326,19 @@ def test_a_wrong_setting_is_refused(settings: dict[str, Any], message: str) -> N
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="dim: expected a multiple of heads"):
         SelfModifyingTitans(9, 2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_state_of_another_layer_dtype_or_batch_is_refused(backend: str) -> None:
+    layer = build(backend=backend)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    for other, rows in (
+        (build(momentum=True), 2),
+        (build(memory_hidden=6), 2),
+        (build(adaptive_query=True), 2),
+        (build().float(), 2),
+        (build(), 1),
+        (build(), 3),
+    ):
+        with pytest.raises(ValueError, match="state: expected"):
+            layer(x, other.init_state(rows))

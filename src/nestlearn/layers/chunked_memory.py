@@ -89,6 +89,30 @@ class MemoryState(NamedTuple):
         )
 
 
+def check_state(memory: MLPMemory, state: MemoryState, position: Tensor, *, rows: int, momentum: bool) -> None:
+    """Refuses a state of another layer or batch, which compiled code would read past its end.
+
+    Raises:
+        ValueError: saying what was expected and what came.
+    """
+    heads, key, value = memory.inner.shape[0], memory.inner.shape[-1], memory.outer.shape[-2]
+    dtype = torch.promote_types(memory.inner.dtype, torch.float32)
+    hidden, memories = max(memory.hidden), len(memory.hidden)
+    if position.shape != (rows,):
+        raise ValueError(f"state: expected one position a row, ({rows},), got shape {tuple(position.shape)}")
+    if momentum != (state.momentum is not None):
+        has = "none" if state.momentum is None else "one"
+        raise ValueError(f"state: expected {'a' if momentum else 'no'} momentum, as the layer has it, got {has}")
+    for name, tensor in state.named().items():
+        ends = (hidden, key) if name.startswith("inner") else (value, hidden)
+        expected = (rows, heads, memories, *ends)
+        if tensor.shape != expected or tensor.dtype != dtype:
+            raise ValueError(
+                f"state: expected {name} as {dtype} of shape {expected}, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}; does it belong to a layer with the same settings, dtype and batch?"
+            )
+
+
 def base_weights(memory: MLPMemory, retain_to: RetainTo) -> MLPWeights | None:
     """The part of the memories that no write changes: M_0 if they decay towards it, None if they decay to zero."""
     return memory.initial if retain_to == "initial" else None
@@ -314,6 +338,7 @@ class ChunkedMemory(nn.Module):
             what the heads read, side by side (B, T, H * V), the memories and the position after each row's last token.
         """
         batch = inputs.shape[0]
+        check_state(self.memory, memory, position, rows=batch, momentum=self.momentum)
         timeline = plan_timeline(
             position,
             inputs.shape[1],
@@ -511,6 +536,8 @@ class ChunkedMemoryLayer(ChunkedMemory):
         """
         batch = x.shape[0]
         memory = self._fresh(batch) if state is None else MemoryState.of(state)
+        if state is not None:
+            check_state(self.memory, memory, state["position"], rows=batch, momentum=self.momentum)
         old_tail = None if state is None else state["convolution"]
         inputs, tail = self._inputs(x, old_tail, lengths, document_starts)
         position = torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state["position"]
