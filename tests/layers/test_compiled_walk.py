@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.functional.kernels import native
+from nestlearn.functional.kernels.native import elementwise
 from nestlearn.layers import SelfModifyingTitans, Titans
 
 BATCH, TOKENS, DIM, HEADS = 3, 11, 8, 2
@@ -247,3 +249,28 @@ def test_gradients_of_one_result_alone(part: str, gate_hidden_ratio: float) -> N
         layer.zero_grad()
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("bias", [-15.0, 15.0])
+def test_the_gradient_of_a_momentum_gate_that_is_nearly_shut_or_open(bias: float) -> None:
+    layer = stir(SelfModifyingTitans(DIM, HEADS, **{**DEFAULTS, "momentum": True}))
+    nn.init.constant_(layer.momentum_bias, bias)
+    x = torch.randn(BATCH, TOKENS, DIM)
+    found = []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "torch"), (torch.float32, "cpp")):
+        model = copy.deepcopy(layer).to(dtype)
+        model.backend = backend  # type: ignore[assignment]
+        model(x.to(dtype))[0].square().sum().backward()
+        found.append(model.momentum_bias.grad.double())  # type: ignore[union-attr]
+    exact, plain, compiled = found
+    assert (compiled - exact).norm() <= 10 * (plain - exact).norm() + 1e-5 * exact.norm()
+
+
+def test_extremes_of_the_hidden_layer_in_single_precision() -> None:
+    x = torch.tensor([[[-3e38, -1e30, -100.0, -88.5, 0.0, 88.5, 100.0, 3e38]]])
+    gate = x.expand(1, 1, 8).clone()
+    found = elementwise.gated_norm(torch.ones(1, 1, 8), torch.ones(8), gate, 0.0)
+    torch.testing.assert_close(found, nn.functional.silu(gate), rtol=1e-6, atol=1e-36)
+    h, slope = elementwise.gelu_backward(gate.clone(), torch.ones_like(gate))
+    torch.testing.assert_close(slope[0, 0, [0, 7]], torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(h[0, 0, 0], torch.tensor(-0.0))

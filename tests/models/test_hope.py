@@ -325,7 +325,7 @@ def test_calls_that_do_not_fit_are_refused(arguments: dict[str, Any], message: s
         ({"cms_expansion": 0.0}, "cms_expansion: expected a positive number, got 0.0"),
         ({"chunk_size": 12, "projection_chunk_size": 5}, "one must divide the other, got 12 and 5; for example"),
         ({"initial_gate": 1.0}, "initial_gate: expected a number between 0 and 1, got 1.0"),
-        ({"write_bound": -1.0}, "write_bound: expected a positive norm, or None for no bound; got -1.0"),
+        ({"write_bound": -1.0}, "write_bound: expected a norm from 1e-18 to 1e18, or None for no bound; got -1.0"),
         ({"mixer": "attention", "dim": 6, "heads": 2}, "even head width, got dim 6 / heads 2 = 3"),
     ],
 )

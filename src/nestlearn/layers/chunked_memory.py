@@ -246,6 +246,16 @@ def gate_hidden(hidden: int, ratio: float) -> int:
     return max(1, round(ratio * hidden))
 
 
+def check_bound(write_bound: float | None) -> None:
+    """Refuses a norm whose square is no positive number in fp32.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if write_bound is not None and not 1e-18 <= write_bound <= 1e18:
+        raise ValueError(f"write_bound: expected a norm from 1e-18 to 1e18, or None for no bound; got {write_bound}")
+
+
 def check_choice(name: str, value: str, choices: object) -> None:
     """Refuses a value that is none of a Literal's.
 
@@ -295,8 +305,7 @@ class ChunkedMemory(nn.Module):
                 f"chunk_size and projection_chunk_size: both must be at least 1 and one must divide the other; "
                 f"got {chunk_size} and {projection_chunk_size}"
             )
-        if write_bound is not None and write_bound <= 0:
-            raise ValueError(f"write_bound: expected a positive norm, or None for no bound; got {write_bound}")
+        check_bound(write_bound)
         check_scales(write_scale, projection_write_scale)
         if detach_every is not None and detach_every < 1:
             raise ValueError(f"detach_every: expected at least 1 chunk, or None for never; got {detach_every}")

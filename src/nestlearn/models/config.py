@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from nestlearn.layers.chunked_memory import Backend, Read, RetainTo, check_choice, check_scales, gate_hidden
+from nestlearn.layers.chunked_memory import (
+    Backend,
+    Read,
+    RetainTo,
+    check_bound,
+    check_choice,
+    check_scales,
+    gate_hidden,
+)
 from nestlearn.layers.tnt import check_shards
 from nestlearn.memory.continuum import Variant, check_periods
 from nestlearn.memory.mlp import InnerRule
@@ -158,8 +166,7 @@ class HopeConfig:
         if not 0 < self.initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")
         check_scales(self.write_scale, self.projection_write_scale)
-        if self.write_bound is not None and not self.write_bound > 0:
-            raise ValueError(f"write_bound: expected a positive norm, or None for no bound; got {self.write_bound}")
+        check_bound(self.write_bound)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> HopeConfig:

@@ -258,7 +258,7 @@ inline V small_exponential(V r) {
 
 // exp in single precision to about one unit in the last place, without branches, so that loops over it vectorise.
 inline float exponential(float x) {
-  x = std::min(std::max(x, -87.0f), 88.0f);  // in this order NaN stays NaN
+  x = std::min(std::max(x, -88.0f), 89.0f);  // beyond are 0 and infinity; in this order NaN stays NaN
   const float n = std::nearbyintf(x * 1.44269504088896341f);
   const float p = small_exponential(x - n * 0.693359375f - n * -2.12194440e-4f);
   const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
@@ -275,7 +275,7 @@ inline T sigmoid(T x) {
 #ifdef __AVX2__
 // The same for eight numbers; the compiler makes twelve instructions of the scalar clamp, these are two.
 inline __m256 exponential(__m256 x) {
-  x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-87.0f), x));
+  x = _mm256_min_ps(_mm256_set1_ps(89.0f), _mm256_max_ps(_mm256_set1_ps(-88.0f), x));
   const __m256 n = _mm256_round_ps(x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 p = small_exponential(x - n * 0.693359375f - n * -2.12194440e-4f);
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127)), 23);

@@ -1091,7 +1091,7 @@ class Task {
       const T gate = decays.gate[i], retain = decays.retain[i], momentum = decays.momentum[i];
       d_gate[i] *= gate * (1 - gate / T(w.largest_gate));
       d_retain[i] = (d_retain[i] * retain + d_log_retain[i]) * sigmoid(-retain_logit[i]);
-      d_momentum[i] = (d_momentum[i] * momentum + d_log_momentum[i]) * (1 - momentum);
+      d_momentum[i] = (d_momentum[i] * momentum + d_log_momentum[i]) * sigmoid(-momentum_logit[i]);
     }
   }
 
