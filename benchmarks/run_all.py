@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-HOPE = "self_modifying_titans,self_modifying_titans:momentum=true"
+ONE = "self_modifying_titans"
+HOPE = f"{ONE},{ONE}:momentum=true"
 ALL = f"{HOPE},titans,gated_delta_net,delta_net,linear_attention,attention"
 SIZE = "--dim 256 --depth 4 --heads 4 --threads 2"
 
@@ -28,7 +29,7 @@ FIGURES = {
     "train_mixers": f"train --mixers {ALL} --lengths 512,2048 --batch 4 {SIZE} --alternations 5",
     "prefill": f"prefill --mixers {HOPE} --lengths 512,2048,8192,32768 --batch 1 {SIZE} --alternations 5",
     "decode": f"decode --mixers {HOPE} --lengths 100,2048,8192,32768,100000 --batch 1,8 {SIZE} --alternations 5",
-    "decode_batch_1": f"decode --mixers self_modifying_titans --lengths 100,2048,100000 --batch 1 {SIZE} --alternations 5",
+    "decode_batch_1": f"decode --mixers {ONE} --lengths 100,2048,100000 --batch 1 {SIZE} --alternations 5",
     "optimizer": "optimizer --dims 128,256,512 --depth 4 --heads 4 --threads 2 --alternations 9",
 }
 
