@@ -312,7 +312,7 @@ def test_detach_every_cuts_gradients_and_nothing_else() -> None:
         ({"retain_to": "half"}, "retain_to: expected one of"),
         ({"chunk_size": 0}, "at least 1"),
         ({"chunk_size": 6, "projection_chunk_size": 4}, "one must divide the other; got 6 and 4"),
-        ({"write_bound": 0.0}, "write_bound: expected a positive norm"),
+        ({"write_bound": 0.0}, "write_bound: expected a norm"),
         ({"write_scale": 0.0}, "write_scale: expected a positive fraction"),
         ({"initial_gate": 1.0}, "initial_gate: expected a number between 0 and 1, got 1.0"),
         ({"detach_every": 0}, "detach_every: expected at least 1"),
