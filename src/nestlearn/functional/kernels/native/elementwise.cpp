@@ -6,13 +6,6 @@
 #include "linear.h"
 #include "threads.h"
 
-// No number that the loop after this writes is read at another index.
-#ifdef __clang__
-#define NESTLEARN_APART _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define NESTLEARN_APART _Pragma("GCC ivdep")
-#endif
-
 namespace {
 
 using Index = std::int64_t;

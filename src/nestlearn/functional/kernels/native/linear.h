@@ -12,6 +12,13 @@
 #include <immintrin.h>
 #endif
 
+// No number that the loop after this writes is read at another index.
+#ifdef __clang__
+#define NESTLEARN_APART _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define NESTLEARN_APART _Pragma("GCC ivdep")
+#endif
+
 template <typename T>
 struct Simd {
   typedef T type __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));

@@ -348,7 +348,7 @@ class Task {
   }
   static void copy(const T* from, T* to, std::ptrdiff_t count) { std::memcpy(to, from, count * sizeof(T)); }
   static void fold(T* from, T* to, std::ptrdiff_t count) {
-#pragma GCC ivdep
+    NESTLEARN_APART
     for (std::ptrdiff_t i = 0; i < count; ++i) to[i] += from[i], from[i] = 0;
   }
 
@@ -378,9 +378,9 @@ class Task {
   void make_whole(int m, const T* snap_inner, const T* snap_outer) {
     if (w.to_initial) {
       const T *b = base(false, m), *o = base(true, m);
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (std::ptrdiff_t i = 0; i < inner_size; ++i) whole->inner[i] = snap_inner[i] + b[i];
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (std::ptrdiff_t i = 0; i < outer_size; ++i) whole->outer[i] = snap_outer[i] + o[i];
     } else {
       copy(snap_inner, whole->inner.data(), inner_size);
@@ -400,7 +400,7 @@ class Task {
       return;
     }
     for (int i = 0; i < c; ++i)
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int j = 0; j < columns; ++j) {
         const T y = alpha * dot(width, x + i * width, b + std::ptrdiff_t(j) * width);
         out[i * columns + j] = add ? out[i * columns + j] + y : y;
@@ -492,7 +492,7 @@ class Task {
     for (int i = 0; i < c; ++i) {
       const T* r = decays.row(decays.retain_between, i - 1);
       T *f = &factor[std::ptrdiff_t(i) * ld], *p = &products[std::ptrdiff_t(i) * ld];
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int s = 0; s < i; ++s) f[s] = e[i].erase * r[s] * p[s];
       for (int s = i; s < ld; ++s) f[s] = p[s] = 0;
     }
@@ -507,17 +507,17 @@ class Task {
     if (w.own_targets) {
       times(values.data(), K, whole->inner.data(), whole->inner_t.data(), H, t.s_values.data());
       activate(c * H, t.s_values.data(), t.difference.data());
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int i = 0; i < c * H; ++i) t.difference[i] = t.h[i] - t.difference[i];
     } else {
       copy(t.h.data(), t.difference.data(), std::ptrdiff_t(c) * H);
     }
     const bool residual = has_residual(m);
-#pragma GCC ivdep
+    NESTLEARN_APART
     for (int i = 0; i < c * V; ++i) t.error[i] = residual ? keys[i] - values[i] : -values[i];
     times(t.difference.data(), H, whole->outer.data(), whole->outer_t.data(), V, t.error.data(), 1, true);
     gemm<T>(c, H, V, t.error.data(), V, 1, whole->outer.data(), H, t.back.data(), H);
-#pragma GCC ivdep
+    NESTLEARN_APART
     for (int i = 0; i < c * H; ++i) t.image[i] = t.back[i] * silu_slope(t.s[i], t.h[i]);
     const T scale = T(w.scales[m]), square = T(w.bound * w.bound);
     for (int i = 0; i < c; ++i) {
@@ -589,9 +589,7 @@ class Task {
 
   template <typename F>
   void scaled(const T* x, int width, F factor) {
-    for (int i = 0; i < c; ++i) {
-      scale_row(width, factor(i), x + i * width, &wide[i * width]);
-    }
+    scaled_into(x, width, wide, factor);
   }
 
   // As `advance`: the memory (columns x width) after the chunk, in place.
@@ -606,10 +604,10 @@ class Task {
     const std::ptrdiff_t size = std::ptrdiff_t(columns) * width;
     if (momentum) {
       const T carry = decays.carry[c - 1];
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (std::ptrdiff_t i = 0; i < size; ++i) memory[i] = kept * memory[i] + carry * momentum[i];
     } else {
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (std::ptrdiff_t i = 0; i < size; ++i) memory[i] *= kept;
     }
     gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, memory, width, 1, true);
@@ -617,7 +615,7 @@ class Task {
     const T* of_momentum = decays.row(decays.momentum_between, c - 1);
     for (int i = 0; i < c; ++i)
       scale_row(columns, of_momentum[i], &writes[i * columns], &wide2[i * columns]);
-#pragma GCC ivdep
+    NESTLEARN_APART
     for (std::ptrdiff_t i = 0; i < size; ++i) momentum[i] *= decays.momentum_kept[c - 1];
     gemm<T>(columns, width, c, wide2.data(), 1, columns, x, width, momentum, width, 1, true);
   }
@@ -641,7 +639,7 @@ class Task {
              outer_erased, base(true, m), read_out);
     }
     if (output && w.main_residual)
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int i = 0; i < c * V; ++i) read_out[i] += queries[i];
   }
 
@@ -655,7 +653,7 @@ class Task {
       const T *r = decays.row(between, i - before()), *a = &attention[std::ptrdiff_t(i) * ld];
       T* out = &weighted[std::ptrdiff_t(i) * ld];
       const int end = i + 1 - before();
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int s = 0; s < end; ++s) out[s] = r[s] * a[s];
       for (int s = end; s < ld; ++s) out[s] = 0;
     }
@@ -735,7 +733,7 @@ class Task {
           *p = &pairs[std::ptrdiff_t(i) * ld];
       T *f = &d_factor[std::ptrdiff_t(i) * ld], *out = &weighted[std::ptrdiff_t(i) * ld];
       T* g = decays.row(plain ? decays.d_write : decays.d_log_between, at);
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int s = 0; s < end; ++s) {
         f[s] += r[s] * p[s];
         out[s] = r[s] * a[s];
@@ -755,9 +753,7 @@ class Task {
 
   template <typename F>
   void scaled_into(const T* x, int width, std::vector<T>& out, F factor) {
-    for (int i = 0; i < c; ++i) {
-      scale_row(width, factor(i), x + i * width, &out[i * width]);
-    }
+    for (int i = 0; i < c; ++i) scale_row(width, factor(i), x + i * width, &out[i * width]);
   }
 
   void add_log_kept(int i, T x) {
@@ -826,18 +822,18 @@ class Task {
       d_retain[i] += g.retain;
       d_momentum[i] += g.momentum;
       const T on_h = 2 * g.square, on_inner = t.inner_coefficient[i], on_outer = t.outer_coefficient[i];
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int j = 0; j < H; ++j) {
         d_image[i * H + j] = on_inner * d_inner_values[i * H + j] + 2 * d_image_square * t.image[i * H + j];
         d_h[i * H + j] += on_h * t.h[i * H + j];
       }
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int j = 0; j < V; ++j)
         d_error[i * V + j] = on_outer * d_outer_values[i * V + j] + 2 * d_error_square * t.error[i * V + j];
     }
 
     // Back from the image and the error (Eq. 84, 85).
-#pragma GCC ivdep
+    NESTLEARN_APART
     for (int i = 0; i < c * H; ++i) {
       const T s = t.s[i], h = t.h[i], rest = 1 - s;
       const T curvature = rest * (h + 2 * s * (1 - h));
@@ -848,19 +844,19 @@ class Task {
     times(d_image.data(), H, whole->outer.data(), whole->outer_t.data(), V, d_error.data(), 1, true);
     gemm<T>(c, H, V, d_error.data(), V, 1, whole->outer.data(), H, d_difference.data(), H);
     gemm<T>(V, H, c, d_error.data(), 1, V, t.difference.data(), H, whole_outer.data(), H, 1, true);
-#pragma GCC ivdep
+    NESTLEARN_APART
     for (int i = 0; i < c * H; ++i) d_z[i] += (d_h[i] + d_difference[i]) * silu_slope(t.s[i], t.h[i]);
     gemm<T>(c, K, H, d_z.data(), H, 1, whole->inner.data(), K, d_keys.data(), K, 1, true);
     gemm<T>(H, K, c, d_z.data(), 1, H, keys.data(), K, whole_inner.data(), K, 1, chunk_read);
     if (w.own_targets) {
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int i = 0; i < c * H; ++i)
         d_z_values[i] = -d_difference[i] * silu_slope(t.s_values[i], t.h[i] - t.difference[i]);
       gemm<T>(c, K, H, d_z_values.data(), H, 1, whole->inner.data(), K, d_values.data(), K, 1, true);
       gemm<T>(H, K, c, d_z_values.data(), 1, H, values.data(), K, whole_inner.data(), K, 1, true);
     }
     const bool residual = has_residual(m);
-#pragma GCC ivdep
+    NESTLEARN_APART
     for (int i = 0; i < c * V; ++i) {
       if (residual) d_keys[i] += d_error[i];
       d_values[i] -= d_error[i];
@@ -898,7 +894,7 @@ class Task {
     if (w.read == 2) {
       gemm<T>(c, H, V, d_out, V, 1, whole->outer.data(), H, scratch_h.data(), H);
       gemm<T>(V, H, c, d_out, 1, V, features.data(), H, whole_outer.data(), H);
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
       gemm<T>(c, K, H, scratch_h.data(), H, 1, whole->inner.data(), K, d_queries.data(), K);
       gemm<T>(H, K, c, scratch_h.data(), 1, H, queries.data(), K, whole_inner.data(), K);
@@ -906,7 +902,7 @@ class Task {
       read_backward(d_out, features.data(), H, V, outer_attention, run[1] + at(1, m), momentum_outer, t.outer,
                     outer_erased, base(true, m), t.h.data(), scratch_h.data(), d_outer.data(), d_outer_erased.data(),
                     d_h.data(), before_outer.data(), momentum_before_outer.data(), base_outer);
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
       read_backward(scratch_h.data(), queries.data(), K, H, inner_attention, run[0] + at(0, m), momentum_inner,
                     t.inner, inner_erased, base(false, m), keys.data(), d_queries.data(), d_inner.data(),
@@ -1025,7 +1021,7 @@ class Task {
       const T* r = decays.write_row(true, i - 1);
       T *g = decays.row(decays.d_write, i - 1), *f = &inside[std::ptrdiff_t(i) * ld];
       const T *q = &pairs[std::ptrdiff_t(i) * ld], *p = &products[std::ptrdiff_t(i) * ld];
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int s = 0; s < i; ++s) {
         const T through = q[s] * p[s];
         d_erase[i] -= r[s] * through;
@@ -1057,7 +1053,7 @@ class Task {
       T *g = decays.row(decays.d_log_between, i - 1), *f = &d_a[std::ptrdiff_t(i) * ld];
       const T *a = &factor[std::ptrdiff_t(i) * ld], *p = &products[std::ptrdiff_t(i) * ld];
       T sum = 0;
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int s = 0; s < i; ++s) {
         sum += r[s] * p[s] * f[s];
         g[s] += a[s] * f[s];
@@ -1127,7 +1123,7 @@ class Task {
       whole_outer.resize(outer_size);
       gemm<T>(c, H, V, d_projected.data(), K, 1, whole->outer.data(), H, d_z.data(), H);
       gemm<T>(V, H, c, d_projected.data(), 1, K, h, H, whole_outer.data(), H);
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int i = 0; i < c * H; ++i) d_z[i] *= silu_slope(sig[i], h[i]);
       gemm<T>(H, K, c, d_z.data(), 1, H, x, K, whole_inner.data(), K);
       gemm<T>(c, K, H, d_z.data(), H, 1, whole->inner.data(), K, d_projected.data(), K, 1, true);
@@ -1153,7 +1149,7 @@ class Task {
     for (int i = 0; i < c; ++i) {
       const T along = dot(K, &d_y[i * K], &y[i * K]);
       const T by = inverse[i];
-#pragma GCC ivdep
+      NESTLEARN_APART
       for (int k = 0; k < K; ++k) d_x[i * K + k] = (d_y[i * K + k] - y[i * K + k] * along) * by;
     }
   }
