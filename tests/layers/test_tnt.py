@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nestlearn.layers import compiled_walk
 from nestlearn.layers.shards import plan_shards
 from nestlearn.layers.tnt import TNT, LocalMemory, project_on_keys
 from nestlearn.layers.tnt_specification import specify_tnt
@@ -91,6 +92,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"global_stride": 3},
     {"global_stride": 2, "momentum": True, "residual_memory": True},
     {"global_stride": 6, "inner_rule": "gd", "retain_to": "zero"},
+    {"global_stride": 3, "adaptive_query": True, "backend": "torch"},
+    {"global_stride": 2, "residual_memory": True, "retain_to": "zero", "backend": "torch"},
 ]
 
 
@@ -107,6 +110,18 @@ def test_equals_the_specification(settings: dict[str, Any]) -> None:
 def test_equals_the_specification_over_long_chunks() -> None:
     """Longer than what is computed at once."""
     check(build(global_chunk_size=130, local_chunk_sizes=(132,), shard_length=132), 135, None, batch=1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"adaptive_query": True, "residual_memory": True, "retain_to": "zero"}], ids=str
+)
+def test_tokens_that_share_a_snapshot_are_read_piece_by_piece(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_walk, "READ_TOGETHER", 4)
+    layer = build(global_chunk_size=10, global_stride=5, **settings)
+    check(layer, 23, random_state(layer, [3, 9], [1, 0]))
+    check(build(global_chunk_size=10, global_stride=5, gate_hidden_ratio=0.25, **settings), 23, None)
 
 
 @pytest.mark.parametrize("momentum", [False, True])

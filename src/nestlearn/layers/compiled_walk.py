@@ -8,7 +8,9 @@ twice.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,9 @@ RULES = ("dgd", "gd", "delta")
 READS = ("token", "previous", "chunk")
 
 Maps = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+# How many tokens are read at once where nothing is written.
+READ_TOGETHER = 128
 
 # With fewer tokens than this in all rows and heads it takes longer to wake another thread than to do its work.
 FEW_TOKENS = 64
@@ -43,6 +48,7 @@ class WalkPlan:
         own_targets: whether memory i's target is its own M_i(v) (Eq. 84), or v itself (Titans).
         to_initial: whether memories decay to the base weights; otherwise to zero, and the base is where they start.
         made: whether what the projections' memories make of each token is wanted too.
+        reads_only: whether all tokens read the snapshot and nothing is written, as `compiled_read` wants it.
     """
 
     segments: tuple[Segment, ...]
@@ -63,6 +69,7 @@ class WalkPlan:
     retention: bool
     detach_every: int | None
     made: bool = False
+    reads_only: bool = False
 
 
 class GateReadouts(NamedTuple):
@@ -118,6 +125,85 @@ def compiled_walk(
     return out, WalkState(running, snapshot, momentum), made
 
 
+def compiled_read(plan: WalkPlan, streams: Tensor, base: Maps, snapshot: MLPWeights) -> tuple[Tensor, Tensor]:
+    """What all memories make of tokens that share a snapshot, on the CPU, in fp32 or fp64; differentiable once.
+
+    Args:
+        plan: of which nothing that concerns writes matters, nor the segments.
+        streams: (4, B, H, T, K): q, k, v and the gates' input.
+        base: the initial memories, as `MLPMemory.maps`.
+        snapshot: (B, H, M, ...).
+
+    Returns:
+        what the main memory says to q (B, H, T, V), and q, k, v, rate and retention (5, B, H, T, K).
+    """
+    tokens = streams.shape[3]
+    bounds = [*range(0, tokens, READ_TOGETHER), tokens]
+    segments = tuple(Segment(start, stop, stop, None, None, None) for start, stop in pairwise(bounds))
+    plan = dataclasses.replace(plan, segments=segments, read="chunk", reads_only=True)
+    out, made = _CompiledRead.apply(plan, streams, *base, *snapshot)
+    return out, made
+
+
+class _CompiledRead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: WalkPlan, streams: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        tensors = _read_arguments([t if t is None else t.contiguous() for t in (streams, *rest)])
+        base_outer = tensors[9]
+        assert base_outer is not None
+        out = streams.new_empty(*streams.shape[1:4], base_outer.shape[-2])
+        made = streams.new_empty(5, *streams.shape[1:])
+        walk, alive = _arguments(plan, tensors)
+        walk.out, walk.made = out.data_ptr(), made.data_ptr()
+        run_walk(walk, backward=False)
+        del alive
+        ctx.plan = plan
+        ctx.present = [t is not None for t in tensors]
+        ctx.save_for_backward(*(t for t in tensors if t is not None))
+        return out, made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        _refuse_twice()
+        d_out, d_made = (g.contiguous() for g in gradients)
+        iterator = iter(ctx.saved_tensors)
+        tensors = [next(iterator) if present else None for present in ctx.present]
+        streams = tensors[0]
+        assert streams is not None
+        walk, alive = _arguments(ctx.plan, tensors)
+        d_streams = torch.empty_like(streams)
+        d_base = _by_row(tensors[BASE], streams.shape[1])
+        # The gradient of the running memories, of which there are none, is zero.
+        d_snapshot = [None if w is None else torch.zeros_like(w) for w in tensors[STATES]]
+        walk.d_out, walk.d_made, walk.d_streams = d_out.data_ptr(), d_made.data_ptr(), d_streams.data_ptr()
+        _point(walk.d_base, d_base[:2])
+        _point(walk.d_base_narrow, d_base[2:])
+        _point(walk.d_state, d_snapshot)
+        run_walk(walk, backward=True)
+        del alive
+        return (None, d_streams, *(None if g is None else g.sum(0) for g in d_base), *d_snapshot[2:4])
+
+
+def _read_arguments(given: list[Tensor | None]) -> list[Tensor | None]:
+    """Streams, base and snapshot at their places among the tensors of a walk."""
+    streams, base, snapshot = given[:1], given[1:5], given[5:]
+    nothing: list[Tensor | None] = [None]
+    return [*streams, *nothing * 7, *base, *nothing * 2, *snapshot, *nothing * 2]
+
+
+def _refuse_twice() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'the compiled walk is differentiable once, and create_graph=True asks for more: set backend="torch" in '
+            "the model's configuration, or on its memory layers, for second derivatives"
+        )
+
+
+def _by_row(tensors: list[Tensor | None], rows: int) -> list[Tensor | None]:
+    """Zeros for the gradients of what all rows share, for each row apart."""
+    return [None if t is None else t.new_zeros(rows, *t.shape) for t in tensors]
+
+
 class _CompiledWalk(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -156,11 +242,7 @@ class _CompiledWalk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_made: Tensor | None, *d_after: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                'the compiled walk is differentiable once, and create_graph=True asks for more: set backend="torch" in '
-                "the model's configuration, or on its memory layers, for second derivatives"
-            )
+        _refuse_twice()
         plan: WalkPlan = ctx.plan
         iterator = iter(ctx.saved_tensors)
         found = [next(iterator) if present else None for present in ctx.present]
@@ -172,8 +254,7 @@ class _CompiledWalk(torch.autograd.Function):
         walk, alive = _arguments(plan, tensors)
         d_streams = torch.empty_like(streams)
         d_logits = None if logits is None else torch.empty_like(logits)
-        d_readouts = [None if r is None else r.new_zeros(rows, *r.shape) for r in tensors[READOUTS]]
-        d_base = [None if w is None else w.new_zeros(rows, *w.shape) for w in tensors[BASE]]
+        d_readouts, d_base = _by_row(tensors[READOUTS], rows), _by_row(tensors[BASE], rows)
         d_state = [None if w is None else torch.empty_like(w) for w in states]
         given = [None if g is None else g.contiguous() for g in d_after]
         if d_out is None:
@@ -238,6 +319,7 @@ def _arguments(plan: WalkPlan, tensors: list[Tensor | None]) -> tuple[Walk, list
         detach_every=plan.detach_every or 0,
         threads=torch.get_num_threads() if rows * heads * streams.shape[3] >= FEW_TOKENS else 1,
         wide=streams.dtype == torch.float64,
+        reads_only=plan.reads_only,
         bound=plan.bound or 0.0,
         largest_gate=plan.largest_gate,
         scales=ctypes.addressof(scales),

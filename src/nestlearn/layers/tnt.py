@@ -21,7 +21,7 @@ from nestlearn.layers.chunked_memory import (
     read_main,
     write_gates,
 )
-from nestlearn.layers.compiled_walk import GateReadouts
+from nestlearn.layers.compiled_walk import GateReadouts, compiled_read
 from nestlearn.layers.self_modifying_titans import SelfModifyingTitans, gate_logits
 from nestlearn.layers.shards import Shards, plan_shards
 from nestlearn.layers.timeline import Segment
@@ -141,11 +141,12 @@ class TNT(SelfModifyingTitans):
             document_starts: (B, T) bool, tokens before which the state is reset.
         """
         batch, tokens, _ = x.shape
+        tail = None if state is None else state["convolution"]
         state = self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
         if not tokens:
             return torch.zeros_like(x), dict(state)
         cuts = {"lengths": lengths, "document_starts": document_starts}
-        u, tail = self.streams(x, state["convolution"], **cuts)
+        u, tail = self.streams.by_heads(x, tail, **cuts)
         packed, memory, position = self.walk(u, MemoryState.of(state), state["position"], **cuts)
         after = {"position": position, "convolution": tail, **memory.named()}
         shards = plan_shards(state["shard_position"], tokens, shard_length=self.shard_length, **cuts)
@@ -211,6 +212,10 @@ class TNT(SelfModifyingTitans):
 
     def _sense(self, inputs: Tensor, memory: MemoryState) -> Tensor:
         """What all memories make of tokens that share a snapshot, as `_pack` has it."""
+        if self._form(inputs.device) == "cpp":
+            streams = self.streams.split(inputs)
+            out, made = compiled_read(self._plan(()), streams, self.memory.maps, memory.snapshot)
+            return self._pack(out, *made)
 
         def read(inputs: Tensor, snapshot: MLPWeights) -> Tensor:
             whole = snapshot.add(base_weights(self.memory, self.retain_to))

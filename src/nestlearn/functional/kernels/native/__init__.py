@@ -28,6 +28,7 @@ _SIZES = (
     "rows", "heads", "memories", "projections", "narrow_first", "narrow_stop", "key", "hidden", "value", "chunk",
     "segments", "places", "rule", "read", "negative_eigenvalues", "own_targets", "main_residual", "adaptive_query",
     "to_initial", "has_retain", "has_momentum", "detach_every", "keep", "threads", "wide",
+    "reads_only",
 )  # fmt: skip
 
 _TOKEN_SIZES = (

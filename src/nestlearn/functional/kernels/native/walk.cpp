@@ -15,6 +15,7 @@ struct Walk {
   std::int32_t read;  // 0 token, 1 previous, 2 chunk
   std::int32_t negative_eigenvalues, own_targets, main_residual, adaptive_query, to_initial;
   std::int32_t has_retain, has_momentum, detach_every, keep, threads, wide;
+  std::int32_t reads_only;  // all segments read the snapshot that is given, and nothing is written
   double bound, largest_gate;
   const double* scales;
   const std::int32_t* widths;         // of each memory's hidden layer, at most `hidden`
@@ -155,11 +156,7 @@ class Task {
           read_main(now[0] + at(0, m), now[1] + at(1, m),
                     w.has_momentum ? now[4] + at(0, m) : nullptr,
                     w.has_momentum ? now[5] + at(1, m) : nullptr, true);
-          copy(read_out.data(), outputs(w.out), std::ptrdiff_t(c) * V);
-          if (w.made) {
-            const T* parts[] = {queries.data(), keys.data(), values.data(), projection(2), projection(3)};
-            for (int i = 0; i < 5; ++i) copy(parts[i], made(w.made, i), std::ptrdiff_t(c) * K);
-          }
+          hand_out();
         }
         // A snapshot is the running memory itself until that goes on while the snapshot stays.
         const bool completed = completes(m, s);
@@ -176,6 +173,35 @@ class Task {
     close(w.after, now);
   }
 
+  void read_all() {
+    const T* snap[2];
+    given_snapshot(snap);
+    for (int s = 0; s < w.segments; ++s) {
+      begin_reading(s, snap, s == 0);
+      read_main(nullptr, nullptr, nullptr, nullptr, true);
+      hand_out();
+    }
+  }
+
+  void read_all_backward() {
+    T* d[6];
+    open(w.d_after, w.d_state, d);
+    const T* snap[2];
+    given_snapshot(snap);
+    for (int s = 0; s < w.segments; ++s) {
+      begin_reading(s, snap, s == 0);
+      for (auto* v : {&d_keys, &d_values}) std::fill(v->begin(), v->end(), T(0));
+      read_main(nullptr, nullptr, nullptr, nullptr, false);
+      whole_inner.resize(inner_size);
+      whole_outer.resize(outer_size);
+      read_snapshot_backward();
+      through_whole(M - 1, whole_inner, whole_outer, d);
+      add_made();
+      prologue_backward(d);
+    }
+    close(w.d_state, d);
+  }
+
   void take_snapshot(int m, T** now) {
     copy(now[0] + at(0, m), now[2] + at(0, m), inner_size);
     copy(now[1] + at(1, m), now[3] + at(1, m), outer_size);
@@ -185,15 +211,8 @@ class Task {
     // Gradients of the running memories, of the snapshot in use, and of the momentum, at the end of segment s.
     T* d[6];
     open(w.d_after, w.d_state, d);
-    std::vector<T> given[2];
     const T* initial_snapshot[2];
-    for (int i = 0; i < 2; ++i) {
-      initial_snapshot[i] = of(w.state[2 + i], i);
-      if (even) continue;
-      given[i].resize(total(i));
-      pack(i, initial_snapshot[i], given[i].data());
-      initial_snapshot[i] = given[i].data();
-    }
+    given_snapshot(initial_snapshot);
     for (int s = w.segments - 1; s >= 0; --s) {
       if (w.detach_every && (s + 1) % w.detach_every == 0)
         for (int i = 0; i < 6; ++i)
@@ -228,11 +247,8 @@ class Task {
       }
       inner_factor_backward();
       gates_backward();
-      if (w.d_made) {
-        std::vector<T>* gradients[] = {&d_queries, &d_keys, &d_values};
-        for (int i = 0; i < 3; ++i) axpy(c * K, T(1), made(w.d_made, i), gradients[i]->data());
-      }
-      prologue_backward(snap[0], d);
+      add_made();
+      prologue_backward(d);
       if (reset(s)) reset_backward(d);
     }
     close(w.d_state, d);
@@ -299,6 +315,16 @@ class Task {
       T* to = of(into[i], i % 2);
       std::fill(to, to + padded(i % 2), T(0));
       unpack(i % 2, here[i], to);
+    }
+  }
+  // The snapshot that came with the state, in this task's form.
+  void given_snapshot(const T** snap) {
+    for (int i = 0; i < 2; ++i) {
+      snap[i] = of(w.state[2 + i], i);
+      if (even) continue;
+      given[i].resize(total(i));
+      pack(i, snap[i], given[i].data());
+      snap[i] = given[i].data();
     }
   }
   T* outputs(const void* p) const {
@@ -415,16 +441,14 @@ class Task {
   // ---- k, v, q, gates and decays of segment s (Eq. 83) ----
   int projection_stream(int p) const { return p == 0 ? 1 : p == 1 ? 2 : p == 4 ? 0 : 3; }
 
-  void begin(int s, const T* snap_inner, const T* snap_outer) {
+  void project(int s, const T* snap_inner, const T* snap_outer, bool make = true) {
     start = w.starts[s];
     c = w.stops[s] - start;
     ld = (c + 15) / 16 * 16;
-    decays.c = c;
-    decays.ld = ld;
     if (P) {
       for (int p = 0; p < P; ++p) {
         use(p);
-        make_whole(p, snap_inner + at(0, p), snap_outer + at(1, p));
+        if (make) make_whole(p, snap_inner + at(0, p), snap_outer + at(1, p));
         const T* x = stream(projection_stream(p));
         T *sig = projected_s.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
         T* y = projected.data() + std::ptrdiff_t(p) * c * K;
@@ -441,6 +465,20 @@ class Task {
       copy(stream(1), keys.data(), std::ptrdiff_t(c) * K);
       copy(stream(2), values.data(), std::ptrdiff_t(c) * K);
     }
+  }
+
+  // What reads need of segment s; the memories are made whole where `make`.
+  void begin_reading(int s, const T* const* snap, bool make) {
+    project(s, snap[0], snap[1], make);
+    const int m = M - 1;
+    use(m);
+    if (make) make_whole(m, snap[0] + at(0, m), snap[1] + at(1, m));
+  }
+
+  void begin(int s, const T* snap_inner, const T* snap_outer) {
+    project(s, snap_inner, snap_outer);
+    decays.c = c;
+    decays.ld = ld;
     const T *rate = projected.data() + std::ptrdiff_t(2) * c * K, *retention = rate + std::ptrdiff_t(c) * K;
     for (int i = 0; i < c; ++i) {
       if (P) {
@@ -641,6 +679,13 @@ class Task {
     if (output && w.main_residual)
       NESTLEARN_APART
       for (int i = 0; i < c * V; ++i) read_out[i] += queries[i];
+  }
+
+  void hand_out() {
+    copy(read_out.data(), outputs(w.out), std::ptrdiff_t(c) * V);
+    if (!w.made) return;
+    const T* parts[] = {queries.data(), keys.data(), values.data(), projection(2), projection(3)};
+    for (int i = 0; i < 5; ++i) copy(parts[i], made(w.made, i), std::ptrdiff_t(c) * K);
   }
 
   int before() const { return w.read == 1 ? 1 : 0; }
@@ -892,12 +937,7 @@ class Task {
     const T* d_out = outputs(w.d_out);
     read_main(run[0] + at(0, m), run[1] + at(1, m), momentum_inner, momentum_outer, false);
     if (w.read == 2) {
-      gemm<T>(c, H, V, d_out, V, 1, whole->outer.data(), H, scratch_h.data(), H);
-      gemm<T>(V, H, c, d_out, 1, V, features.data(), H, whole_outer.data(), H);
-      NESTLEARN_APART
-      for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
-      gemm<T>(c, K, H, scratch_h.data(), H, 1, whole->inner.data(), K, d_queries.data(), K);
-      gemm<T>(H, K, c, scratch_h.data(), 1, H, queries.data(), K, whole_inner.data(), K);
+      read_snapshot_backward();
     } else {
       read_backward(d_out, features.data(), H, V, outer_attention, run[1] + at(1, m), momentum_outer, t.outer,
                     outer_erased, base(true, m), t.h.data(), scratch_h.data(), d_outer.data(), d_outer_erased.data(),
@@ -908,8 +948,27 @@ class Task {
                     t.inner, inner_erased, base(false, m), keys.data(), d_queries.data(), d_inner.data(),
                     d_inner_erased.data(), d_keys.data(), before_inner.data(), momentum_before_inner.data(),
                         base_inner);
+      if (w.main_residual) axpy(c * K, T(1), d_out, d_queries.data());
     }
+  }
+
+  // Sets d_queries, and the gradient of the memory at its snapshot.
+  void read_snapshot_backward() {
+    const T* d_out = outputs(w.d_out);
+    gemm<T>(c, H, V, d_out, V, 1, whole->outer.data(), H, scratch_h.data(), H);
+    gemm<T>(V, H, c, d_out, 1, V, features.data(), H, whole_outer.data(), H);
+    NESTLEARN_APART
+    for (int i = 0; i < c * H; ++i) scratch_h[i] *= silu_slope(read_s[i], features[i]);
+    gemm<T>(c, K, H, scratch_h.data(), H, 1, whole->inner.data(), K, d_queries.data(), K);
+    gemm<T>(H, K, c, scratch_h.data(), 1, H, queries.data(), K, whole_inner.data(), K);
     if (w.main_residual) axpy(c * K, T(1), d_out, d_queries.data());
+  }
+
+  // What is asked of q, k and v beside what reads and writes ask.
+  void add_made() {
+    if (!w.d_made) return;
+    std::vector<T>* gradients[] = {&d_queries, &d_keys, &d_values};
+    for (int i = 0; i < 3; ++i) axpy(c * K, T(1), made(w.d_made, i), gradients[i]->data());
   }
 
   // Gradients of `solve` and `advance` together, for one map of one memory. Adds to d_x (c x width), d_factor_total,
@@ -1091,7 +1150,7 @@ class Task {
     }
   }
 
-  void prologue_backward(const T* const* snap, T** d) {
+  void prologue_backward(T** d) {
     if (!P) {
       copy(d_queries.data(), d_stream(0), std::ptrdiff_t(c) * K);
       copy(d_keys.data(), d_stream(1), std::ptrdiff_t(c) * K);
@@ -1111,11 +1170,11 @@ class Task {
       if (p == 1) normalize_backward(d_values, values, value_norm, d_projected.data());
       if (p == 4) normalize_backward(d_queries, queries, query_norm, d_projected.data());
       if (p == 2 || p == 3) std::fill(d_projected.begin(), d_projected.end(), T(0));
-      if (p == 2) {
+      if (p == 2 && !w.reads_only) {
         readout_backward(d_gate, y, 0);
         if (w.has_momentum) readout_backward(d_momentum, y, 4);
       }
-      if (p == 3 && w.has_retain) readout_backward(d_retain, y, 2);
+      if (p == 3 && w.has_retain && !w.reads_only) readout_backward(d_retain, y, 2);
       if (w.d_made && (p == 2 || p == 3)) axpy(c * K, T(1), made(w.d_made, p + 1), d_projected.data());
       const T* x = stream(projection_stream(p));
       const T *sig = projected_s.data() + units[p] * c, *h = projected_h.data() + units[p] * c;
@@ -1161,7 +1220,7 @@ class Task {
   std::vector<std::ptrdiff_t> units;  // hidden units before each memory
   std::vector<char> same;             // whether each memory's snapshot is the running memory itself
   bool even;                           // whether all memories are as wide
-  std::vector<T> local[6];
+  std::vector<T> local[6], given[2];
   std::ptrdiff_t inner_size, outer_size;
   GateRule rule;
   int start = 0, c = 0, ld = 0;
@@ -1192,10 +1251,10 @@ bool run(const Walk& w, bool backward) {
     Task<T> task(w);
     for (int n; (n = next++) < tasks;) {
       task.choose(n);
-      if (backward)
-        task.backward();
+      if (w.reads_only)
+        backward ? task.read_all_backward() : task.read_all();
       else
-        task.forward();
+        backward ? task.backward() : task.forward();
     }
   });
 }
