@@ -131,10 +131,13 @@ def test_every_length_of_the_range_occurs_about_as_often(language: str, shortest
 @pytest.mark.parametrize(("language", "length"), [("shuffle-2", 6), ("shuffle-2", 4), ("parity", 5)])
 def test_all_strings_of_a_length_are_equally_likely(language: str, length: int) -> None:
     every = strings_of(language, length)
-    mean = 120
+    mean = 200
     counts = Counter(string for string, _ in read(language, draw(language, length, length, count=mean * len(every))))
     assert set(counts) == set(every)
-    assert all(abs(times - mean) < 5 * mean**0.5 for times in counts.values()), counts
+    # chi squared: its mean is the number of degrees of freedom, its variance twice that
+    freedom = len(every) - 1
+    statistic = sum((times - mean) ** 2 / mean for times in counts.values())
+    assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
 
 
 @pytest.mark.parametrize("language", ORACLES)
