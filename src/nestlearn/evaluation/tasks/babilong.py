@@ -10,7 +10,7 @@ and facts keep their order. What differs:
     The question and the answer are part of the length, and the first sentence of filler is cut to fit, not the last.
     A sentence of the novel that holds one of bAbI's facts word for word is passed over; short ones (under ten tokens)
     are not.
-    The answer is the next token after the question, as there in fine-tuning; no instruction, no examples.
+    The answer follows the question at once; there, in fine-tuning, a token of its own stands between them.
 A few questions of bAbI have two right answers (in qa5, "What did Bill give to Mary?" after two gifts; 2 of 1,000).
 """
 
