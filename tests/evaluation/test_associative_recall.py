@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from nestlearn.evaluation.associative_recall import IGNORED, VARIANTS, recall_batch, table, train_recall
+from nestlearn.evaluation.associative_recall import VARIANTS, table, train_recall
+from nestlearn.evaluation.tasks import IGNORED
+from nestlearn.evaluation.tasks.associative_recall import AssociativeRecall
 
 
 def test_every_answer_is_the_value_read_before() -> None:
     generator = torch.Generator().manual_seed(0)
-    tokens, targets = recall_batch(20, pairs=4, length=15, symbols=9, generator=generator)
+    tokens, targets, _ = AssociativeRecall(pairs=4, length=15, symbols=9).sample(20, generator)
     for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
         pairs = dict(zip(row[0:8:2], row[1:8:2], strict=True))
         assert len(pairs) == 4
@@ -22,7 +24,7 @@ def test_every_answer_is_the_value_read_before() -> None:
 
 def test_too_many_pairs_are_refused() -> None:
     with pytest.raises(ValueError, match="4 pairs need a length of at least 12"):
-        recall_batch(1, pairs=4, length=11, symbols=9, generator=torch.Generator())
+        AssociativeRecall(pairs=4, length=11, symbols=9)
 
 
 @pytest.mark.parametrize("variant", ["hope", "delta_net"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from nestlearn.cli import benchmarking, demonstration, generation, inspection, learning
+from nestlearn.cli import benchmarking, demonstration, generation, inspection, learning, reproduction
 from nestlearn.cli.shared import show_version
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("train")(learning.train)
 app.command("eval")(learning.evaluate)
 app.command("generate")(generation.generate)
 app.command("inspect")(inspection.inspect)
+app.command("reproduce")(reproduction.reproduce_table)
 bench = typer.Typer(help="Measure speed. Run it on a quiet machine.", no_args_is_help=True)
 bench.command("train")(benchmarking.bench_train)
 bench.command("prefill")(benchmarking.bench_prefill)

@@ -14,50 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.evaluation.jobs import Job, Record, provenance, run_jobs
 from nestlearn.evaluation.report import write_report
+from nestlearn.evaluation.tasks import IGNORED
+from nestlearn.evaluation.tasks.associative_recall import AssociativeRecall
 from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.models.config import PAPER
 from nestlearn.optim import LevelOptimizer
-
-IGNORED = -100
-
-
-def recall_batch(
-    batch_size: int, *, pairs: int, length: int, symbols: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Sequences of `pairs` keys and values, then every key once more, at random places among filler.
-
-    Tokens: 0 is filler, 1 .. symbols are keys, symbols + 1 .. 2 symbols are values.
-
-    Args:
-        batch_size: B.
-        pairs: pairs of a sequence, at most `symbols`.
-        length: T, at least 3 * pairs.
-        symbols: number of keys, and of values.
-        generator: source of randomness.
-
-    Returns:
-        tokens (B, T), and targets (B, T): the key's value where it is asked, `IGNORED` elsewhere.
-    """
-    if length < 3 * pairs or pairs > symbols:
-        raise ValueError(f"{pairs} pairs need a length of at least {3 * pairs} (got {length}) and {pairs} symbols")
-    draw = torch.rand(batch_size, symbols, generator=generator)
-    keys = 1 + draw.argsort(1)[:, :pairs]
-    values = 1 + symbols + torch.randint(symbols, (batch_size, pairs), generator=generator)
-    tokens = torch.zeros(batch_size, length, dtype=torch.long)
-    targets = torch.full((batch_size, length), IGNORED)
-    tokens[:, 0 : 2 * pairs : 2] = keys
-    tokens[:, 1 : 2 * pairs : 2] = values
-    order = torch.rand(batch_size, length - 2 * pairs, generator=generator).argsort(1)
-    places = 2 * pairs + order[:, :pairs]
-    tokens.scatter_(1, places, keys)
-    targets.scatter_(1, places, values)
-    return tokens, targets
-
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "hope": {},
@@ -92,18 +57,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def train_recall(job: Job) -> Record:
     """Trains one model on MQAR; the record holds its accuracy on fixed fresh sequences over the steps."""
     settings = {"dim": 64, "depth": 2, "heads": 2, "cms_periods": (1,), "cms_expansion": 2.0, "chunk_size": 16}
+    task = AssociativeRecall(pairs=job["pairs"], length=job["length"], symbols=job["symbols"])
     torch.manual_seed(job["seed"])
-    config = HopeConfig(**{**settings, "vocab_size": 1 + 2 * job["symbols"], **job["settings"]})
+    config = HopeConfig(**{**settings, "vocab_size": task.vocab_size, **job["settings"]})
     model = HopeLM(config)
     optimizer = LevelOptimizer.for_model(model, lr=job["lr"], weight_decay=0.1)
     data = torch.Generator().manual_seed(1000 + job["seed"])
-    task = {"pairs": job["pairs"], "length": job["length"], "symbols": job["symbols"]}
-    test_tokens, test_targets = recall_batch(512, **task, generator=torch.Generator().manual_seed(1))
+    test_tokens, test_targets, _ = task.sample(512, torch.Generator().manual_seed(1))
     curve = []
     for step in range(1, job["steps"] + 1):
         for group in optimizer.param_groups:
             group["lr"] = job["lr"] * min(1.0, step / 50)
-        tokens, targets = recall_batch(job["batch_size"], **task, generator=data)
+        tokens, targets, _ = task.sample(job["batch_size"], data)
         logits, _ = model(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         loss.backward()

@@ -65,7 +65,8 @@ def write_report(out: Path, title: str, text: str, results: Mapping[str, Any]) -
 def command() -> str:
     """The command that is running, as one would type it."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    start = f"python -m {module.name}" if module is not None else f"python {Path(sys.argv[0]).name}"
+    name = Path(sys.argv[0]).name
+    start = f"python -m {module.name}" if module is not None else name if not name.endswith(".py") else f"python {name}"
     return f"{start} {shlex.join(sys.argv[1:])}".strip()
 
 

@@ -1,0 +1,65 @@
+"""The models of the tables, all with as many parameters as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nestlearn.evaluation.language_modeling import MODELS, model_config
+from nestlearn.evaluation.matching import count_parameters
+from nestlearn.models import HopeConfig
+from nestlearn.models.lstm import LSTMLM
+
+NAMES = (*MODELS, "lstm")
+_DEFAULTS = HopeConfig().to_dict()
+
+
+def table_models(
+    names: tuple[str, ...],
+    size: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
+    vocab_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Settings for `build_for_task` by name. The parameter count of the first one is everyone's.
+
+    Args:
+        names: of the models, as in `language_modeling.MODELS`, or "lstm".
+        size: dim, depth, heads and other settings of all.
+        settings: of single models.
+        vocab_size: of the task.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    unknown = [name for name in names if name.partition("/")[0] not in NAMES]
+    if unknown:
+        raise ValueError(f"models: expected some of {', '.join(NAMES)}; got {', '.join(unknown)}")
+    size = {name: tuple(value) if isinstance(value, list) else value for name, value in size.items()}
+    reference = model_config("hope", vocab_size=vocab_size, **{**size, **settings.get("hope", {})})
+    target = count_parameters(reference)
+    found = {}
+    for name in names:
+        if name == "lstm":
+            found[name] = _lstm(vocab_size, size["depth"], target)
+            continue
+        own = {**size, **settings.get(name, {})}
+        goal = None if name == "hope" else target
+        config = model_config(name, target=goal, vocab_size=vocab_size, **own).to_dict()
+        # Nothing but what differs from the defaults, so that a record still fits when a setting is added.
+        found[name] = {k: v for k, v in config.items() if k != "vocab_size" and v != _DEFAULTS[k]}
+    return found
+
+
+def _lstm(vocab_size: int, depth: int, target: int) -> dict[str, Any]:
+    """The LSTM nearest in size."""
+
+    def parameters(dim: int) -> int:
+        with torch.device("meta"):
+            return LSTMLM(vocab_size, dim, depth).num_parameters()
+
+    dim = 1
+    while parameters(dim + 1) <= target:
+        dim += 1
+    return {"lstm": True, "dim": dim, "depth": depth}

@@ -1,0 +1,69 @@
+"""What a table of synthetic tasks is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Scale = Literal["smoke", "small", "paper"]
+Score = Literal["exact", "accuracy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One task, learnt by a model of its own.
+
+    Attributes:
+        training: what is trained on, for `build_task`.
+        tests: what is marked, by name; the first one is like the training.
+        examples: sequences of a fixed training set, or 0 for fresh ones in every step.
+        settings: of the runs in this column, in place of the plan's.
+    """
+
+    training: Mapping[str, Any]
+    tests: Mapping[str, Mapping[str, Any]]
+    examples: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A table at one scale.
+
+    Attributes:
+        columns: by name.
+        size: of the models: dim, depth, heads, and other settings of `HopeConfig`.
+        rates: learning rates; each model takes the best of them in each column, tried with a seed of its own.
+        runs: steps, batch_size, warmup, weight_decay, every, settled, test_sequences and test_batch of `train_on_task`.
+        seeds: how many by default.
+    """
+
+    columns: Mapping[str, Column]
+    size: Mapping[str, Any]
+    rates: tuple[float, ...]
+    runs: Mapping[str, Any]
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the paper, or one of its kind.
+
+    Attributes:
+        title: heading of the page.
+        models: names, the reference first: others take its number of parameters.
+        settings: of `HopeConfig` by model, on top of the size.
+        score: what a number is: the fraction of sequences that are right as a whole, or of answers.
+        plan: the table at a scale.
+        paper: what the paper prints, by model and column; empty if it has no such table.
+        note: a sentence on the protocol.
+    """
+
+    title: str
+    models: tuple[str, ...]
+    score: Score
+    plan: Callable[[Scale], Plan]
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    paper: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    note: str = ""
