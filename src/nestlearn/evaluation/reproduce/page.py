@@ -31,9 +31,9 @@ def describe(table: Table, plan: Plan, records: Sequence[Record], scale: Scale) 
     text = (
         f"Scale {scale}. Per cent of {kind}, of {runs['test_sequences']:,} fresh sequences; ± is the standard error "
         f"over seeds. Models of width {plan.size['dim']} and {plan.size['depth']} blocks with equal numbers of "
-        f"parameters, trained on each task from scratch: AdamW, {chosen}, batch {runs['batch_size']}, at most {runs['steps']:,} "
-        f"steps unless the task says otherwise. {table.note} One thread a run, {total:.1f} core-hours in all, the "
-        f"longest run {slowest / 60:.1f} minutes."
+        f"parameters, trained on each task from scratch: AdamW, {chosen}, batch {runs['batch_size']}, at most "
+        f"{runs['steps']:,} steps{_exceptions(plan)}. {table.note} One thread a run, {total:.1f} core-hours in all, "
+        f"the longest run {slowest / 60:.1f} minutes."
     )
     changed = [f"{model}: {', '.join(f'{k}={v}' for k, v in own.items())}" for model, own in table.settings.items()]
     if changed:
@@ -55,11 +55,17 @@ def _short_table(table: Table, records: Sequence[Record], columns: Sequence[str]
         own = [_of(records, model, name) for name in columns]
         cells = [" / ".join(_number(table, runs, test) for test in runs[0]["tests"]) if runs else None for runs in own]
         some = next(runs for runs in own if runs)
-        rows.append([model, f"{some[0]['parameters']:,}", len(some), *cells])
+        line: list[Any] = [model, f"{some[0]['parameters']:,}", len(some), *cells]
+        printed = [table.paper.get(model, {}).get(name) for name in columns]
+        if table.average:
+            line.append(_average(table, own))
+            known = [float(number) for number in printed if number]
+            printed.append(f"{statistics.fmean(known):.1f}" if len(known) == len(columns) else None)
+        rows.append(line)
         if model in table.paper:
-            rows.append([f"{model}, paper", None, None, *(table.paper[model].get(name) for name in columns)])
+            rows.append([f"{model}, paper", None, None, *printed])
     tests = " / ".join(_some(records, columns[0])["tests"])
-    page = markdown_table(["model", "parameters", "seeds", *columns], rows)
+    page = markdown_table(["model", "parameters", "seeds", *columns, *["average"] * table.average], rows)
     steps = [[model, *(_steps(_of(records, model, name)) for name in columns)] for model in _models(records)]
     spent = f"Steps taken, mean over seeds:\n\n{markdown_table(['model', *columns], steps)}"
     return (f"Each cell: {tests}.\n\n{page}" if "/" in tests else page) + f"\n\n{spent}"
@@ -131,6 +137,28 @@ def _number(table: Table, runs: Sequence[Record], test: str) -> str:
     diverged = sum(run["diverged"] for run in runs)
     text = f"{mean:.1f}" if not error else f"{mean:.1f} ± {error:.1f}"
     return f"{text} ({diverged} diverged)" if diverged else text
+
+
+def _average(table: Table, columns: Sequence[Sequence[Record]]) -> str | None:
+    """The mean over the tasks, for each seed that has all of them, and its error over the seeds."""
+    by_seed = [{run["job"]["seed"]: run for run in runs} for runs in columns]
+    seeds = set.intersection(*map(set, by_seed))
+    if not seeds:
+        return None
+    test = next(iter(columns[0][0]["tests"]))
+    means = [100 * statistics.fmean(runs[seed]["tests"][test][table.score] for runs in by_seed) for seed in seeds]
+    mean, error = mean_and_error(means)
+    return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
+
+
+def _exceptions(plan: Plan) -> str:
+    """Where columns differ from the plan."""
+    own = [
+        f"{name}: {', '.join(f'{k} {v:,}' for k, v in c.settings.items())}"
+        for name, c in plan.columns.items()
+        if c.settings
+    ]
+    return f" ({'; '.join(own)})" if own else ""
 
 
 def _steps(runs: Sequence[Record]) -> str | None:

@@ -57,6 +57,7 @@ class Table:
         score: what a number is: the fraction of sequences that are right as a whole, or of answers.
         plan: the table at a scale.
         paper: what the paper prints, by model and column; empty if it has no such table.
+        average: whether the mean over the tasks is a column of its own.
         note: a sentence on the protocol.
     """
 
@@ -66,4 +67,5 @@ class Table:
     plan: Callable[[Scale], Plan]
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     paper: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    average: bool = False
     note: str = ""
