@@ -7,7 +7,7 @@ import multiprocessing
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,24 @@ def run_jobs(work: Callable[[Job], Record], jobs: Iterable[Job], folder: Path, *
     waiting = [job for job in jobs if not _is_done(job, folder)]
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done already in {folder}", flush=True)
-    started = time.monotonic()
-    failures = []
-    with multiprocessing.get_context("spawn").Pool(min(processes, max(1, len(waiting))), maxtasksperchild=1) as pool:
-        tasks = [(work, job, folder) for job in waiting]
-        for count, (name, failure) in enumerate(pool.imap_unordered(_run_one, tasks), start=1):
-            if failure:
-                failures.append(f"{name}: {failure}")
-            passed = time.monotonic() - started
-            remaining = passed / count * (len(waiting) - count)
-            print(f"[{count}/{len(waiting)}] {name}  {passed:.0f} s, about {remaining:.0f} s left", flush=True)
+    failures = [failure for failure in _run_all(work, waiting, folder, processes) if failure]
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(jobs)} jobs failed, the others are kept:\n" + "\n".join(failures))
     return [json.loads((folder / f"{job['name']}.json").read_text()) for job in jobs]
+
+
+def _run_all(work: Callable[[Job], Record], jobs: list[Job], folder: Path, processes: int) -> Iterator[str | None]:
+    """What went wrong with each job, or None, as they end."""
+    if not jobs:
+        return
+    started = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs)), maxtasksperchild=1) as pool:
+        tasks = [(work, job, folder) for job in jobs]
+        for count, (name, failure) in enumerate(pool.imap_unordered(_run_one, tasks), start=1):
+            passed = time.monotonic() - started
+            remaining = passed / count * (len(jobs) - count)
+            print(f"[{count}/{len(jobs)}] {name}  {passed:.0f} s, about {remaining:.0f} s left", flush=True)
+            yield f"{name}: {failure}" if failure else None
 
 
 def _is_done(job: Job, folder: Path) -> bool:

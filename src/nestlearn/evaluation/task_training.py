@@ -23,6 +23,7 @@ from nestlearn.training.checkpoint import checkpoint_path, newest_checkpoint, pr
 
 # What is asked while a model trains, to stop it when it can no longer improve; it takes no part in the marks.
 _VALIDATION, _TEST = 1, 2
+SAVE_SECONDS = 60.0
 
 
 def train_on_task(job: Job) -> Record:
@@ -75,7 +76,7 @@ def train_on_task(job: Job) -> Record:
         if step % job["every"] == 0 or step == job["steps"]:
             marks = evaluate_task(model, task, validation, job["test_batch"])
             curve.append({"step": step, "loss": round(loss.item(), 5), **_rounded(marks)})
-        if time.monotonic() - began > 60:
+        if time.monotonic() - began > SAVE_SECONDS:
             _save(folder, model, optimizer, step, curve, job)
             began = time.monotonic()
     tests = {}
