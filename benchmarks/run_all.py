@@ -30,6 +30,7 @@ FIGURES = {
     "prefill": f"prefill --mixers {HOPE} --lengths 512,2048,8192,32768 --batch 1 {SIZE} --alternations 5",
     "decode": f"decode --mixers {HOPE} --lengths 100,2048,8192,32768,100000 --batch 1,8 {SIZE} --alternations 5",
     "decode_batch_1": f"decode --mixers {ONE} --lengths 100,2048,100000 --batch 1 {SIZE} --alternations 5",
+    "decode_batch_8": f"decode --mixers {ONE} --lengths 100,2048 --batch 8 {SIZE} --alternations 5",
     "optimizer": "optimizer --dims 128,256,512 --depth 4 --heads 4 --threads 2 --alternations 9",
 }
 

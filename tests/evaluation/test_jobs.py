@@ -1,11 +1,17 @@
 """Jobs side by side: what is done is kept, what fails is named, and a record is never taken for another job's."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from nestlearn.evaluation.jobs import run_jobs
+from nestlearn.evaluation.jobs import JobsFailed, run_jobs
+
+
+def die(job):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def square(job):
@@ -26,7 +32,7 @@ def test_records_come_in_the_order_of_the_jobs_and_are_kept(tmp_path: Path) -> N
 
 def test_a_failing_job_is_named_and_stops_no_other(tmp_path: Path) -> None:
     jobs = [{"name": "bad", "x": -1}, {"name": "good", "x": 2}]
-    with pytest.raises(RuntimeError, match=r"1 of 2 jobs failed.*\nbad: ValueError: no negative numbers"):
+    with pytest.raises(JobsFailed, match=r"1 of 2 jobs failed.*\nbad: ValueError: no negative numbers"):
         run_jobs(square, jobs, tmp_path, processes=1)
     assert (tmp_path / "good.json").exists()
     assert not (tmp_path / "bad.json").exists()
@@ -38,3 +44,14 @@ def test_a_record_of_another_job_is_refused(tmp_path: Path) -> None:
         run_jobs(square, [{"name": "a", "x": 2}], tmp_path, processes=1)
     with pytest.raises(ValueError, match="a name of its own"):
         run_jobs(square, [{"name": "b", "x": 1}, {"name": "b", "x": 1}], tmp_path, processes=1)
+
+
+def test_a_record_may_lie_elsewhere(tmp_path: Path) -> None:
+    run_jobs(square, [{"name": "a", "x": 1, "folder": "here"}], tmp_path, processes=1)
+    (record,) = run_jobs(square, [{"name": "a", "x": 1, "folder": "/there"}], tmp_path, processes=1)
+    assert record["result"] == 1
+
+
+def test_a_process_that_is_killed_does_not_keep_others_waiting(tmp_path: Path) -> None:
+    with pytest.raises(JobsFailed, match="its process, or one beside it, was killed"):
+        run_jobs(die, [{"name": "a"}], tmp_path, processes=1)

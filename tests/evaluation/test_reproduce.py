@@ -93,7 +93,7 @@ def made(model: str, column: str, seed: int, score: float, **more: Any) -> dict[
 
 def test_the_page_has_means_errors_averages_and_the_paper() -> None:
     columns = {"a": Column(training={}, tests={"test": {}}), "b": Column(training={}, tests={"test": {}})}
-    runs = {"test_sequences": 8, "batch_size": 2, "steps": 9}
+    runs = {"test_sequences": 8, "batch_size": 2, "steps": 9, "settled": 2, "every": 3}
     plan = Plan(columns=columns, size={"dim": 4, "depth": 1}, rates=(1e-3,), runs=runs, seeds=2)
     table = Table(
         title="T",
@@ -105,7 +105,7 @@ def test_the_page_has_means_errors_averages_and_the_paper() -> None:
     )
     scores = [made("hope", column, seed, score) for column, seed, score in
               (("a", 0, 0.5), ("a", 1, 0.7), ("b", 0, 1.0), ("b", 1, 1.0))]  # fmt: skip
-    page = describe(table, plan, scores, "small")
+    page = describe(table, plan, scores, [], "small")
     assert "60.0 ± 10.0" in page
     assert "| 80.0 ± 5.0 |" in page.replace("  ", "")
     assert "| 20.0" in page
@@ -120,8 +120,10 @@ def test_the_best_rate_is_the_one_that_ends_best_and_of_equals_the_faster() -> N
         made("hope", "a", 0, 0.9, lr=1e-2),
         made("hope", "b", 0, 0.1, lr=1e-3),
         made("hope", "b", 0, 0.9, lr=3e-3) | {"diverged": True, "curve": []},
+        made("hope", "c", 0, 0.9, lr=3e-3) | {"diverged": True, "steps": 2},
+        made("hope", "c", 0, 0.9, lr=1e-3) | {"diverged": True, "steps": 5},
     ]
-    assert best_rates(runs, table) == {("hope", "a"): 3e-3, ("hope", "b"): 1e-3}
+    assert best_rates(runs, table) == {("hope", "a"): 3e-3, ("hope", "b"): 1e-3, ("hope", "c"): 1e-3}
 
 
 def test_a_job_is_named_by_all_that_it_computes(tmp_path: Path) -> None:
@@ -149,5 +151,15 @@ def test_models_are_as_large_as_the_first() -> None:
 
 def test_an_order_needs_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NESTLEARN_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="eltec_eng"):
         reproduce(TABLES["babilong"], Order(scale="smoke", runs=tmp_path / "r", out=tmp_path / "x"))
+
+
+def test_babilong_never_shows_a_story_of_one_side_on_another(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NESTLEARN_DATA", str(data_dir))
+    for question in ("qa1", "qa4"):
+        description = {"task": "babilong", "question": question, "words": 1024, "length": 128, "most_facts": 6}
+        sides = [set(build_task({**description, "side": side}).stories) for side in ("train", "validation", "test")]  # type: ignore[attr-defined]
+        assert all(sides)
+        assert not sides[0] & sides[1]
+        assert not (sides[0] | sides[1]) & sides[2]

@@ -22,6 +22,7 @@ def make_job(folder: Path, **changes: Any) -> dict[str, Any]:
         "name": "x",
         "model": HOPE,
         "training": PARITY,
+        "validation": PARITY,
         "tests": {"short": PARITY, "long": {**PARITY, "shortest": 13, "longest": 20}},
         "steps": 6,
         "batch_size": 4,
@@ -62,9 +63,11 @@ def test_a_run_goes_on_bitwise(examples: int, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(task_training, "_batch", stop_after_three)
     with pytest.raises(Stopped):
         train_on_task(make_job(tmp_path / "stopped", examples=examples))
-    monkeypatch.setattr(task_training, "_batch", before)
+    went_on: list[int] = []
+    monkeypatch.setattr(task_training, "_batch", lambda *given: went_on.append(given[-1]) or before(*given))
     again = train_on_task(make_job(tmp_path / "stopped", examples=examples))
     assert again == whole
+    assert went_on == [3, 4, 5]
     assert [point["step"] for point in whole["curve"]] == [2, 4, 6]
 
 
@@ -83,7 +86,15 @@ def test_a_fixed_set_is_read_whole_in_every_pass_and_a_fresh_one_never_repeats()
 
 def test_a_model_that_is_right_stops_and_one_that_diverges_says_so(tmp_path: Path) -> None:
     easy = {"task": "formal_language", "language": "parity", "longest": 1}
-    settings = {"training": easy, "tests": {"t": easy}, "batch_size": 16, "lr": 1e-2, "settled": 2, "every": 5}
+    settings = {
+        "training": easy,
+        "validation": easy,
+        "tests": {"t": easy},
+        "batch_size": 16,
+        "lr": 1e-2,
+        "settled": 2,
+        "every": 5,
+    }
     done = train_on_task(make_job(tmp_path / "a", model={"lstm": True, "dim": 32, "depth": 1}, steps=400, **settings))
     assert done["steps"] < 400
     assert [point["exact"] for point in done["curve"][-2:]] == [1.0, 1.0]
@@ -108,6 +119,8 @@ def test_models_and_schedule() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert [schedule(step, 10, 2) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
     assert schedule(10, 10, 2) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="an LSTM has no form for compression"):
+        build_for_task({"lstm": True, "dim": 4, "depth": 1}, build_task({"task": "compression"}), seed=0)
     with pytest.raises(ValueError, match="task: expected one of associative_recall"):
         build_task({"task": "chess"})
     with pytest.raises(ValueError, match=r"formal_language: .*colour"):

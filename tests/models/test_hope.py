@@ -392,3 +392,14 @@ def test_levels_are_named_and_ordered_by_frequency() -> None:
         assert periods == sorted(periods)
     literal = {level.name: level.period for level in build("paper").levels()}
     assert literal["blocks.0.mixer.memory"] == 4  # reads of the snapshot change once a chunk
+
+
+@torch.no_grad()
+def test_a_state_of_a_deeper_model_is_refused_and_none_is_a_fresh_context() -> None:
+    settings = {"vocab_size": 8, "dim": 8, "heads": 2}
+    shallow, deep = (HopeLM(HopeConfig(depth=depth, **settings)).double() for depth in (1, 2))
+    token = torch.tensor([1, 2])
+    for read in (lambda state: shallow(token[:, None], state), lambda state: shallow.decode_step(token, state)):
+        with pytest.raises(ValueError, match=r"expected one of 1 blocks, got one with blocks\.1"):
+            read(deep.init_state(2))
+    assert_close(shallow.decode_step(token, None)[0], shallow(token[:, None])[0][:, 0])

@@ -18,15 +18,20 @@ def _names(text: str) -> tuple[str, ...]:
 
 @teaching
 def reproduce_table(
-    name: Annotated[str, typer.Argument(help="of " + ", ".join([*TABLES, *NUMBERS]))],
-    scale: Annotated[str, typer.Option(help="smoke (seconds), small (core-hours) or paper.")] = "small",
+    name: Annotated[str, typer.Argument(help="One of " + ", ".join([*TABLES, *NUMBERS]) + ".")],
+    scale: Annotated[
+        str, typer.Option(help="smoke (a minute, shows only that it runs), small (core-hours) or paper.")
+    ] = "small",
     models: Annotated[str, typer.Option(help="Names separated by commas; all of the table by default.")] = "",
     columns: Annotated[str, typer.Option(help="Tasks separated by commas; all of the table by default.")] = "",
     seeds: Annotated[int, typer.Option(help="How many; 0: as many as the scale has.")] = 0,
     jobs: Annotated[int, typer.Option(help="Runs at once, one thread each.")] = 2,
     data_root: Annotated[Path | None, typer.Option(help="Folder of data sets; by default $NESTLEARN_DATA.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Path of the results without suffix [results/NAME].")] = None,
-    runs: Annotated[Path | None, typer.Option(help="Folder of the runs [runs/NAME-SCALE].")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Path of the results, no suffix; by default results/NAME, with the scale if not small."),
+    ] = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/NAME-SCALE.")] = None,
 ) -> None:
     """Make a table of the paper: train its models, and put our numbers beside the paper's.
 
@@ -48,7 +53,7 @@ def reproduce_table(
         seeds=seeds,
         processes=jobs,
         runs=runs or Path("runs") / f"{name}-{scale}",
-        out=out or Path("results") / name.replace("-", "_"),
+        out=out or Path("results") / (name.replace("-", "_") + ("" if scale == "small" else f"_{scale}")),
     )
     order.out.parent.mkdir(parents=True, exist_ok=True)
     output().print(reproduce(TABLES[name], order), markup=False, soft_wrap=True)

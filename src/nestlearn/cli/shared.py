@@ -15,6 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
+from nestlearn.evaluation.jobs import JobsFailed
 from nestlearn.io import missing_file
 from nestlearn.models import HopeLM
 from nestlearn.training.checkpoint import load_model
@@ -30,7 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # What is wrong with what the user gave, or with the machine; everything else is a bug and shows its traceback.
-_TAUGHT = (ValueError, OSError, ImportError, TrainingDiverged)
+_TAUGHT = (ValueError, OSError, ImportError, TrainingDiverged, JobsFailed)
 
 
 class OpenedModel(NamedTuple):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,13 @@ from nestlearn.training.process import prepare_process
 
 Job = Mapping[str, Any]
 Record = dict[str, Any]
+
+# Where a job keeps its files: says nothing about what it computes.
+_PLACES = ("folder",)
+
+
+class JobsFailed(RuntimeError):
+    """Some jobs have no record; the others are kept."""
 
 
 def run_jobs(work: Callable[[Job], Record], jobs: Iterable[Job], folder: Path, *, processes: int) -> list[Record]:
@@ -34,7 +46,7 @@ def run_jobs(work: Callable[[Job], Record], jobs: Iterable[Job], folder: Path, *
 
     Raises:
         ValueError: if two jobs share a name, or a record belongs to another job of the same name.
-        RuntimeError: at the end, naming the jobs that failed.
+        JobsFailed: at the end, naming the jobs that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = list(jobs)
@@ -45,7 +57,7 @@ def run_jobs(work: Callable[[Job], Record], jobs: Iterable[Job], folder: Path, *
         print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done already in {folder}", flush=True)
     failures = [failure for failure in _run_all(work, waiting, folder, processes) if failure]
     if failures:
-        raise RuntimeError(f"{len(failures)} of {len(jobs)} jobs failed, the others are kept:\n" + "\n".join(failures))
+        raise JobsFailed(f"{len(failures)} of {len(jobs)} jobs failed, the others are kept:\n" + "\n".join(failures))
     return [json.loads((folder / f"{job['name']}.json").read_text()) for job in jobs]
 
 
@@ -54,20 +66,29 @@ def _run_all(work: Callable[[Job], Record], jobs: list[Job], folder: Path, proce
     if not jobs:
         return
     started = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs)), maxtasksperchild=1) as pool:
-        tasks = [(work, job, folder) for job in jobs]
-        for count, (name, failure) in enumerate(pool.imap_unordered(_run_one, tasks), start=1):
-            passed = time.monotonic() - started
-            remaining = passed / count * (len(jobs) - count)
-            print(f"[{count}/{len(jobs)}] {name}  {passed:.0f} s, about {remaining:.0f} s left", flush=True)
-            yield f"{name}: {failure}" if failure else None
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=spawn, max_tasks_per_child=1) as pool:
+        names = {pool.submit(_run_one, work, job, folder): job["name"] for job in jobs}
+        try:
+            for count, done in enumerate(as_completed(names), start=1):
+                try:
+                    failure = done.result()
+                except BrokenProcessPool:
+                    failure = "its process, or one beside it, was killed; is there enough memory for so many at once?"
+                passed = time.monotonic() - started
+                remaining = passed / count * (len(jobs) - count)
+                print(f"[{count}/{len(jobs)}] {names[done]}  {passed:.0f} s, about {remaining:.0f} s left", flush=True)
+                yield f"{names[done]}: {failure}" if failure else None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _is_done(job: Job, folder: Path) -> bool:
     path = folder / f"{job['name']}.json"
     if not path.exists():
         return False
-    if json.loads(path.read_text())["job"] != json.loads(json.dumps(dict(job))):
+    if _computed(json.loads(path.read_text())["job"]) != _computed(json.loads(json.dumps(dict(job)))):
         raise ValueError(
             f"{path} holds the record of another job of the same name (its settings differ); "
             f"move or delete it, or choose another folder"
@@ -75,18 +96,30 @@ def _is_done(job: Job, folder: Path) -> bool:
     return True
 
 
-def _run_one(task: tuple[Callable[[Job], Record], Job, Path]) -> tuple[str, str | None]:
-    work, job, folder = task
+def _computed(job: Job) -> dict[str, Any]:
+    return {name: value for name, value in job.items() if name not in _PLACES}
+
+
+def _run_one(work: Callable[[Job], Record], job: Job, folder: Path) -> str | None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare_process(threads=1)
     started = time.monotonic()
     origin = provenance()  # before the work: the code that is running, not what the folder holds hours later
     try:
         result = work(job)
     except Exception as error:
-        return str(job["name"]), f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
     record = {"job": dict(job), **result, "seconds": round(time.monotonic() - started, 1), **origin}
     atomic_write_text(folder / f"{job['name']}.json", json.dumps(record, indent=1))
-    return str(job["name"]), None
+    return None
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed has nobody left to work for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def provenance() -> Record:

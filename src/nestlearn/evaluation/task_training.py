@@ -21,8 +21,8 @@ from nestlearn.models.lstm import LSTMLM
 from nestlearn.optim import LevelOptimizer
 from nestlearn.training.checkpoint import checkpoint_path, newest_checkpoint, prune_checkpoints, save_checkpoint
 
-# What is asked while a model trains, to stop it when it can no longer improve; it takes no part in the marks.
-_VALIDATION, _TEST = 1, 2
+# Streams of random numbers. What is asked while a model trains takes no part in the marks.
+_FIXED_SET, _VALIDATION, _TEST, _STEPS = 0, 1, 2, 3
 SAVE_SECONDS = 60.0
 
 
@@ -36,6 +36,7 @@ def train_on_task(job: Job) -> Record:
         job: with these keys.
             model: settings of `HopeConfig` without the vocabulary, or {"lstm": true, "dim", "depth"}.
             training: description of the task that is trained on, for `build_task`.
+            validation: description of what is looked at while it trains.
             tests: descriptions by name.
             steps, batch_size, lr, warmup, weight_decay, seed.
             examples: sequences of a fixed training set, or 0 for fresh ones in every step.
@@ -53,7 +54,8 @@ def train_on_task(job: Job) -> Record:
     model = build_for_task(job["model"], task, seed=job["seed"])
     optimizer = LevelOptimizer.for_model(model, lr=job["lr"], weight_decay=job["weight_decay"])
     fixed = _fixed_set(task, job) if job["examples"] else None
-    validation = task.sample(min(256, job["test_sequences"]), _generator(job["seed"], _VALIDATION))
+    looked_at, tests = build_task(job["validation"]), {name: build_task(test) for name, test in job["tests"].items()}
+    validation = looked_at.sample(min(256, job["test_sequences"]), _generator(job["seed"], _VALIDATION))
     folder, step, curve = Path(job["folder"]), 0, []
     found = newest_checkpoint(folder)
     if found is not None:
@@ -74,19 +76,18 @@ def train_on_task(job: Job) -> Record:
         optimizer.zero_grad()
         step += 1
         if step % job["every"] == 0 or step == job["steps"]:
-            marks = evaluate_task(model, task, validation, job["test_batch"])
+            marks = evaluate_task(model, looked_at, validation, job["test_batch"])
             curve.append({"step": step, "loss": round(loss.item(), 5), **_rounded(marks)})
         if time.monotonic() - began > SAVE_SECONDS:
             _save(folder, model, optimizer, step, curve, job)
             began = time.monotonic()
-    tests = {}
-    for name, description in job["tests"].items():
-        test = build_task(description)
+    marks_of = {}
+    for name, test in tests.items():
         examples = test.sample(job["test_sequences"], _generator(job["seed"], _TEST))
-        tests[name] = _rounded(evaluate_task(model, test, examples, job["test_batch"]))
+        marks_of[name] = _rounded(evaluate_task(model, test, examples, job["test_batch"]))
     return {
         "curve": curve,
-        "tests": tests,
+        "tests": marks_of,
         "steps": step,
         "parameters": sum(p.numel() for p in model.parameters()),
         "diverged": diverged,
@@ -97,6 +98,8 @@ def build_for_task(settings: Mapping[str, Any], task: Task, *, seed: int) -> nn.
     """The model of a job, with as large a vocabulary as the task has."""
     torch.manual_seed(seed)
     if settings.get("lstm"):
+        if isinstance(task, Compression):
+            raise ValueError("models: an LSTM has no form for compression; leave it, or the column, out")
         others = {name: value for name, value in settings.items() if name != "lstm"}
         return LSTMLM(task.vocab_size, **others)
     model = HopeLM(HopeConfig(**{**settings, "vocab_size": task.vocab_size}))
@@ -127,7 +130,7 @@ def _is_settled(curve: list[dict[str, Any]], looks: int) -> bool:
 
 
 def _batch(task: Task, fixed: Examples | None, job: Job, step: int) -> Examples:
-    generator = _generator(job["seed"], 3 + step)
+    generator = _generator(job["seed"], _STEPS + step)
     if fixed is None:
         return task.sample(job["batch_size"], generator)
     # Each pass reads the fixed set in an order of its own.
@@ -138,7 +141,7 @@ def _batch(task: Task, fixed: Examples | None, job: Job, step: int) -> Examples:
 
 
 def _fixed_set(task: Task, job: Job) -> Examples:
-    return task.sample(job["examples"], _generator(job["seed"], 0))
+    return task.sample(job["examples"], _generator(job["seed"], _FIXED_SET))
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

@@ -137,6 +137,8 @@ class HopeLM(nn.Module):
         self._check(tokens, lengths, document_starts)
         lengths = None if lengths is None else lengths.to(tokens.device)
         document_starts = None if document_starts is None else document_starts.to(tokens.device)
+        if state is not None:
+            self._check_depth(state)
         x = self.embedding(tokens)
         new_state: State = {}
         for index, block in enumerate(self._blocks()):
@@ -158,11 +160,11 @@ class HopeLM(nn.Module):
         return state
 
     @torch.no_grad()
-    def decode_step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+    def decode_step(self, token: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Reads one token a row, without gradients: token (B,) int64 -> logits (B, vocab_size) and the new state.
 
-        It may overwrite the given state: go on with the one that it returns, and keep a clone of a state that is
-        to be continued twice.
+        No state: a fresh context. It may overwrite the given state: go on with the one that it returns, and keep a
+        clone of a state that is to be continued twice.
         """
         if token.ndim != 1:
             raise ValueError(f"token: expected one whole number a row, (B,), got shape {tuple(token.shape)}")
@@ -171,6 +173,9 @@ class HopeLM(nn.Module):
         except (IndexError, RuntimeError):  # the embedding looks at every number anyway; here only for what to say
             self._check(token[:, None], None, None)
             raise
+        if state is None:
+            state = self.init_state(len(token))
+        self._check_depth(state)
         new_state: State = {}
         for index, block in enumerate(self._blocks()):
             prefix = f"blocks.{index}."
@@ -246,6 +251,15 @@ class HopeLM(nn.Module):
                 period = self.config.cms_periods[int(name.split(".memory_system.levels.")[1].split(".")[0])]
             groups.setdefault(period, []).append((name, parameter))
         return groups
+
+    def _check_depth(self, state: State) -> None:
+        """Refuses what would be left unread: the state of a deeper model."""
+        beyond = f"blocks.{self.config.depth}."
+        if any(name.startswith(beyond) for name in state):
+            raise ValueError(
+                f"state: expected one of {self.config.depth} blocks, got one with {beyond}...; does it belong to a "
+                f"deeper model?"
+            )
 
     def _check(self, tokens: Tensor, lengths: Tensor | None, document_starts: Tensor | None) -> None:
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):

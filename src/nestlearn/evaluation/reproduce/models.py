@@ -9,11 +9,9 @@ import torch
 
 from nestlearn.evaluation.language_modeling import MODELS, model_config
 from nestlearn.evaluation.matching import count_parameters
-from nestlearn.models import HopeConfig
 from nestlearn.models.lstm import LSTMLM
 
 NAMES = (*MODELS, "lstm")
-_DEFAULTS = HopeConfig().to_dict()
 
 
 def table_models(
@@ -22,7 +20,7 @@ def table_models(
     settings: Mapping[str, Mapping[str, Any]],
     vocab_size: int,
 ) -> dict[str, dict[str, Any]]:
-    """Settings for `build_for_task` by name. The parameter count of the first one is everyone's.
+    """Settings for `build_for_task` by name. The parameter count of "hope" is everyone's.
 
     Args:
         names: of the models, as in `language_modeling.MODELS`, or "lstm".
@@ -33,7 +31,7 @@ def table_models(
     Raises:
         ValueError: if there is no such model.
     """
-    unknown = [name for name in names if name.partition("/")[0] not in NAMES]
+    unknown = [name for name in names if name != "lstm" and name.partition("/")[0] not in MODELS]
     if unknown:
         raise ValueError(f"models: expected some of {', '.join(NAMES)}; got {', '.join(unknown)}")
     size = {name: tuple(value) if isinstance(value, list) else value for name, value in size.items()}
@@ -47,13 +45,12 @@ def table_models(
         own = {**size, **settings.get(name, {})}
         goal = None if name == "hope" else target
         config = model_config(name, target=goal, vocab_size=vocab_size, **own).to_dict()
-        # Nothing but what differs from the defaults, so that a record still fits when a setting is added.
-        found[name] = {k: v for k, v in config.items() if k != "vocab_size" and v != _DEFAULTS[k]}
+        found[name] = {key: value for key, value in config.items() if key != "vocab_size"}
     return found
 
 
 def _lstm(vocab_size: int, depth: int, target: int) -> dict[str, Any]:
-    """The LSTM nearest in size."""
+    """The largest LSTM that is no larger."""
 
     def parameters(dim: int) -> int:
         with torch.device("meta"):

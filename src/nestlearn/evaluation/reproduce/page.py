@@ -16,7 +16,7 @@ from nestlearn.io import atomic_path
 FEW_TESTS = 2
 
 
-def describe(table: Table, plan: Plan, records: Sequence[Record], scale: Scale) -> str:
+def describe(table: Table, plan: Plan, records: Sequence[Record], tuning: Sequence[Record], scale: Scale) -> str:
     """The protocol in sentences, then the numbers."""
     runs = plan.runs
     kind = "sequences that are right as a whole" if table.score == "exact" else "right answers"
@@ -26,14 +26,15 @@ def describe(table: Table, plan: Plan, records: Sequence[Record], scale: Scale) 
         if len(plan.rates) > 1
         else f"learning rate {rates}"
     )
-    slowest = max(record["seconds"] for record in records)
-    total = sum(record["seconds"] for record in records) / 3600
+    seconds = [record["seconds"] for record in (*records, *tuning)]
+    looks = "1 look" if runs["settled"] == 1 else f"{runs['settled']} looks in a row"
     text = (
         f"Scale {scale}. Per cent of {kind}, of {runs['test_sequences']:,} fresh sequences; ± is the standard error "
         f"over seeds. Models of width {plan.size['dim']} and {plan.size['depth']} blocks with equal numbers of "
         f"parameters, trained on each task from scratch: AdamW, {chosen}, batch {runs['batch_size']}, at most "
-        f"{runs['steps']:,} steps{_exceptions(plan)}. {table.note} One thread a run, {total:.1f} core-hours in all, "
-        f"the longest run {slowest / 60:.1f} minutes."
+        f"{runs['steps']:,} steps{_exceptions(plan)}; a run ends earlier after {looks}, {runs['every']} steps apart, "
+        f"at which all of up to 256 other sequences were right. {table.note} One thread a run, "
+        f"{sum(seconds) / 3600:.1f} core-hours in all, the longest run {max(seconds) / 60:.1f} minutes."
     )
     changed = [f"{model}: {', '.join(f'{k}={v}' for k, v in own.items())}" for model, own in table.settings.items()]
     if changed:
@@ -55,7 +56,7 @@ def _short_table(table: Table, records: Sequence[Record], columns: Sequence[str]
         own = [_of(records, model, name) for name in columns]
         cells = [" / ".join(_number(table, runs, test) for test in runs[0]["tests"]) if runs else None for runs in own]
         some = next(runs for runs in own if runs)
-        line: list[Any] = [model, f"{some[0]['parameters']:,}", len(some), *cells]
+        line: list[Any] = [model, _sizes([run for runs in own for run in runs]), len(some), *cells]
         printed = [table.paper.get(model, {}).get(name) for name in columns]
         if table.average:
             line.append(_average(table, own))
@@ -78,7 +79,10 @@ def _long_table(table: Table, records: Sequence[Record], column: str) -> str:
         runs = _of(records, model, column)
         if runs:
             rows.append([model, f"{runs[0]['parameters']:,}", len(runs), *(_number(table, runs, t) for t in tests)])
-    return markdown_table(["model", "parameters", "seeds", *tests], rows)
+    text = markdown_table(["model", "parameters", "seeds", *tests], rows)
+    spent = ", ".join(f"{model} {_steps(_of(records, model, column))}" for model in _models(records))
+    printed = [f"{model} {row[column]}" for model, row in table.paper.items() if column in row]
+    return f"{text}\n\nSteps taken: {spent}." + (f" The paper: {', '.join(printed)}." if printed else "")
 
 
 def plot(table: Table, records: Sequence[Record], path: Path) -> None:
@@ -135,7 +139,7 @@ def _some(records: Sequence[Record], column: str) -> Record:
 def _number(table: Table, runs: Sequence[Record], test: str) -> str:
     mean, error = mean_and_error([100 * run["tests"][test][table.score] for run in runs])
     diverged = sum(run["diverged"] for run in runs)
-    text = f"{mean:.1f}" if not error else f"{mean:.1f} ± {error:.1f}"
+    text = f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
     return f"{text} ({diverged} diverged)" if diverged else text
 
 
@@ -149,6 +153,12 @@ def _average(table: Table, columns: Sequence[Sequence[Record]]) -> str | None:
     means = [100 * statistics.fmean(runs[seed]["tests"][test][table.score] for runs in by_seed) for seed in seeds]
     mean, error = mean_and_error(means)
     return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
+
+
+def _sizes(runs: Sequence[Record]) -> str:
+    """Parameters; they differ between tasks with the vocabulary."""
+    counts = [run["parameters"] for run in runs]
+    return f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,}-{max(counts):,}"
 
 
 def _exceptions(plan: Plan) -> str:

@@ -53,13 +53,16 @@ def reproduce(table: Table, order: Order) -> str:
     Raises:
         ValueError: for an unknown model or column.
         FileNotFoundError: if data that a task needs are not there.
-        RuntimeError: if runs failed; the others are kept.
+        JobsFailed: if runs failed; the others are kept.
     """
     plan = table.plan(order.scale)
     unknown = [name for name in order.columns if name not in plan.columns]
     if unknown:
         raise ValueError(f"columns: expected some of {', '.join(plan.columns)}; got {', '.join(unknown)}")
     columns = {name: plan.columns[name] for name in order.columns or plan.columns}
+    for column in columns.values():  # what is missing or wrong shows before hours of training
+        for task in (column.training, column.validation or column.training, *column.tests.values()):
+            build_task(task)
     models = order.models or table.models
     configs = {
         name: table_models(models, plan.size, table.settings, build_task(column.training).vocab_size)
@@ -85,7 +88,7 @@ def reproduce(table: Table, order: Order) -> str:
     records = run_jobs(train_on_task, jobs, order.runs / "records", processes=order.processes)
     figure = order.out.with_name(order.out.name + ".png")
     plot(table, records, figure)
-    text = f"{describe(table, plan, records, order.scale)}\n\n![{table.title}]({figure.name})"
+    text = f"{describe(table, plan, records, tuning, order.scale)}\n\n![{table.title}]({figure.name})"
     return write_report(order.out, table.title, text, {"scale": order.scale, "tuning": tuning, "runs": records})
 
 
@@ -103,6 +106,7 @@ def make_job(
     computed = {
         "model": dict(config),
         "training": dict(task.training),
+        "validation": dict(task.validation or task.training),
         "tests": {name: dict(test) for name, test in task.tests.items()},
         "examples": task.examples,
         **plan.runs,
@@ -123,7 +127,10 @@ def best_rates(records: Sequence[Record], table: Table) -> dict[tuple[str, str],
     best: dict[tuple[str, str], tuple[float, int, float]] = {}
     for record in records:
         key = (record["job"]["table_model"], record["job"]["column"])
-        last = record["curve"][-1] if record["curve"] and not record["diverged"] else {table.score: -1.0}
-        found = (last[table.score], -record["steps"], record["job"]["lr"])
+        steps = record["steps"]
+        if record["diverged"] or not record["curve"]:
+            found = (-1.0, steps, record["job"]["lr"])  # the later the better
+        else:
+            found = (record["curve"][-1][table.score], -steps, record["job"]["lr"])
         best[key] = max(best.get(key, found), found)
     return {key: rate for key, (_, _, rate) in best.items()}

@@ -16,13 +16,16 @@ class Column:
 
     Attributes:
         training: what is trained on, for `build_task`.
-        tests: what is marked, by name; the first one is like the training.
+        tests: what is marked, by name.
+        validation: what is looked at while a model trains, which ends runs and chooses learning rates; None for the
+            training's task. Its sequences are always others than those of training and tests.
         examples: sequences of a fixed training set, or 0 for fresh ones in every step.
         settings: of the runs in this column, in place of the plan's.
     """
 
     training: Mapping[str, Any]
     tests: Mapping[str, Mapping[str, Any]]
+    validation: Mapping[str, Any] | None = None
     examples: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,7 +55,7 @@ class Table:
 
     Attributes:
         title: heading of the page.
-        models: names, the reference first: others take its number of parameters.
+        models: names; all take the number of parameters of "hope".
         settings: of `HopeConfig` by model, on top of the size.
         score: what a number is: the fraction of sequences that are right as a whole, or of answers.
         plan: the table at a scale.

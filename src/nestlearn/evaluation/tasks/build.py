@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from nestlearn.evaluation.tasks.associative_recall import AssociativeRecall
 from nestlearn.evaluation.tasks.babilong import BABILong, find_stories
@@ -23,7 +24,8 @@ def build_task(description: Mapping[str, Any]) -> Task:
 
     Args:
         description: "task", a key of `TASKS`, and its settings. Where a task reads text, "side" is "train" or "test",
-            "words" the size of its vocabulary, and "haystack" one of "noise", "novels" and a path.
+            "words" the size of its vocabulary, and "haystack" one of "noise", "novels" and a path, which both sides
+            read. BABILong has a side "validation" too: every tenth of the training stories, which "train" then lacks.
 
     Raises:
         ValueError: if there is no such task, or its settings are wrong.
@@ -49,28 +51,52 @@ def _needles(
     return Needles.preset(kind, **given, **settings)
 
 
-def _babilong(*, question: str, side: Side, words: int, haystack: str = "novels", **settings: Any) -> Task:
-    filler = _haystack(haystack, side)
-    return BABILong.find(question, side=side, encoder=_vocabulary(words), haystack=filler, **settings)
+def _babilong(
+    *,
+    question: str,
+    side: Literal["train", "validation", "test"],
+    words: int,
+    haystack: str = "novels",
+    **settings: Any,
+) -> Task:
+    filler = _haystack(haystack, "test" if side == "test" else "train")
+    training = find_stories(question, side="train")
+    if side == "test":
+        known = set(training)
+        stories = [story for story in find_stories(question, side="test") if story not in known]
+    else:
+        stories = [story for place, story in enumerate(training) if (place % 10 == 0) == (side == "validation")]
+        if side == "validation":
+            known = {story for place, story in enumerate(training) if place % 10}
+            stories = [story for story in stories if story not in known]
+    return BABILong(encoder=_vocabulary(words), stories=stories, haystack=filler, **settings)
+
+
+def _haystack(name: str, side: Side) -> Haystack:
+    return _read_haystack(name, side, find_data_root() if name == "novels" else None)
 
 
 @functools.cache
-def _haystack(name: str, side: Side) -> Haystack:
+def _read_haystack(name: str, side: Side, data_root: Path | None) -> Haystack:
     if name == "noise":
         return Noise()
-    return Texts.novels(side) if name == "novels" else Texts.read(name)
+    return Texts.novels(side, data_root) if name == "novels" else Texts.read(name)
+
+
+def _vocabulary(words: int) -> WordVocabulary:
+    """The most frequent words of the novels, and all of the tasks'."""
+    return _count_words(words, find_data_root())
 
 
 @functools.cache
-def _vocabulary(words: int) -> WordVocabulary:
-    """The most frequent words of the novels, and all of the tasks'."""
+def _count_words(words: int, data_root: Path) -> WordVocabulary:
     stories = [
         " ".join([*story.facts, story.question, story.answer])
         for question in ("qa1", "qa2", "qa3", "qa4", "qa5")
-        for story in find_stories(question, side="train")[:500]
+        for story in find_stories(question, side="train", data_root=data_root)[:500]
     ]
     also = (*NEEDLE_TEXTS, *stories)
-    novels = read_documents(find_data_root() / "eltec_eng" / "train.jsonl.gz")
+    novels = read_documents(data_root / "eltec_eng" / "train.jsonl.gz")
     return WordVocabulary.count(novels, size=words, also=also)
 
 
