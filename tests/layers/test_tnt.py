@@ -280,3 +280,23 @@ def test_smaller_local_chunks_need_no_other_parameters() -> None:
 def test_a_wrong_setting_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TNT(8, 2, **{**SIZES, **settings})
+
+
+@pytest.mark.parametrize("lengths", [[3], [4, 4], [8, 4], [4, 8, 0], [0, 0], [1]])
+def test_rows_whose_pieces_are_equally_long_may_be_padded(lengths: list[int]) -> None:
+    layer = build(global_chunk_size=4, global_stride=2, local_chunk_sizes=(2,), shard_length=4)
+    x = torch.randn(len(lengths), 8, 8, dtype=torch.float64)
+    y, after = layer(x, None, lengths=torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        alone, state = layer(x[row : row + 1, :length])
+        torch.testing.assert_close(y[row, :length], alone[0])
+        for name, value in state.items():
+            torch.testing.assert_close(after[name][row], value[0], msg=name)
+
+
+def test_no_row_and_no_token_are_no_trouble() -> None:
+    layer = build()
+    for shape in ((0, 4, 8), (2, 0, 8)):
+        y, state = layer(torch.zeros(shape, dtype=torch.float64))
+        assert y.shape == shape
+        assert state["position"].shape == shape[:1]

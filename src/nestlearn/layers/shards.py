@@ -85,9 +85,9 @@ def plan_shards(
         last.append(len(pieces) - 1)
     rows, begin, count, place_of, continues = torch.tensor(pieces, device=device).unbind(1)
     ends = (place_of + count)[last]
-    width = max(piece[2] for piece in pieces)
+    width = max(1, *(piece[2] for piece in pieces))
     source = places = None
-    if any(piece[2] < width for piece in pieces):
+    if len(pieces) * width > sum(piece[2] for piece in pieces) or len(pieces) * width < len(first) * tokens:
         across = torch.arange(width, device=device)
         source = ((rows * tokens + begin)[:, None] + across).clamp_max(len(first) * tokens - 1).flatten()
         held = (across < count[:, None]).flatten()

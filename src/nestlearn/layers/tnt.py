@@ -143,7 +143,7 @@ class TNT(SelfModifyingTitans):
         batch, tokens, _ = x.shape
         tail = None if state is None else state["convolution"]
         state = self.init_state(batch, device=x.device, dtype=x.dtype) if state is None else state
-        if not tokens:
+        if not x.numel():
             return torch.zeros_like(x), dict(state)
         cuts = {"lengths": lengths, "document_starts": document_starts}
         u, tail = self.streams.by_heads(x, tail, **cuts)
