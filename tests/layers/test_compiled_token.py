@@ -168,6 +168,19 @@ def test_only_the_given_state_is_overwritten() -> None:
     assert all(torch.equal(layer.state_dict()[name], value) for name, value in parameters.items())
 
 
+@each_layer
+def test_autograd_notices_that_a_state_was_overwritten(kind: type[nn.Module], options: dict[str, Any]) -> None:
+    layer = build(kind, options)
+    _, state = layer(tokens(2)[:, :3].detach())
+    state = {name: value.detach() for name, value in state.items()}
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    seen = {name: (weight * value).sum() for name, value in state.items() if value.is_floating_point()}
+    layer.decode_step(tokens(2)[:, 3:4], state)
+    for name in ("inner", "outer", "convolution"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            seen[name].backward()
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
