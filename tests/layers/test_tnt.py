@@ -300,3 +300,12 @@ def test_no_row_and_no_token_are_no_trouble() -> None:
         y, state = layer(torch.zeros(shape, dtype=torch.float64))
         assert y.shape == shape
         assert state["position"].shape == shape[:1]
+
+
+def test_a_state_of_another_dtype_is_refused() -> None:
+    """By the walk, which TNT calls itself."""
+    layer = build()
+    state = layer.init_state(2, dtype=torch.float64)
+    state["inner"] = state["inner"].float()
+    with pytest.raises(ValueError, match=r"state: expected inner as torch\.float64"):
+        layer(torch.zeros(2, 3, 8, dtype=torch.float64), state)

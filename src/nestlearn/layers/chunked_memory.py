@@ -545,6 +545,8 @@ class ChunkedMemoryLayer(ChunkedMemory):
         """
         batch = x.shape[0]
         memory = self._fresh(batch) if state is None else MemoryState.of(state)
+        if state is not None:  # before the convolution meets a state of another batch
+            check_state(self.memory, memory, state["position"], rows=batch, momentum=self.momentum)
         old_tail = None if state is None else state["convolution"]
         inputs, tail = self._inputs(x, old_tail, lengths, document_starts)
         position = torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state["position"]
