@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nestlearn.evaluation import task_training
-from nestlearn.evaluation.task_training import build_for_task, evaluate_task, schedule, train_on_task
+from nestlearn.evaluation.task_training import build_for_task, evaluate_task, train_on_task
 from nestlearn.evaluation.tasks import build_task
 from nestlearn.models.lstm import LSTMLM
 
@@ -112,16 +112,24 @@ def test_marks_do_not_depend_on_how_many_are_read_at_once() -> None:
     assert len(marks) == 1
 
 
-def test_models_and_schedule() -> None:
+def test_models_and_tasks_by_description() -> None:
     task = build_task(PARITY)
     assert isinstance(build_for_task({"lstm": True, "dim": 4, "depth": 1}, task, seed=0), LSTMLM)
     first, second = (build_for_task(HOPE, task, seed=3).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert [schedule(step, 10, 2) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
-    assert schedule(10, 10, 2) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="an LSTM has no form for compression"):
         build_for_task({"lstm": True, "dim": 4, "depth": 1}, build_task({"task": "compression"}), seed=0)
     with pytest.raises(ValueError, match="task: expected one of associative_recall"):
         build_task({"task": "chess"})
     with pytest.raises(ValueError, match=r"formal_language: .*colour"):
         build_task({**PARITY, "colour": 1})
+
+
+def test_what_is_looked_at_while_it_trains_changes_no_step_and_no_mark(tmp_path: Path) -> None:
+    longer = {**PARITY, "shortest": 13, "longest": 20}
+    one, other = (
+        train_on_task(make_job(tmp_path / name, validation=task)) for name, task in (("a", PARITY), ("b", longer))
+    )
+    assert [p["loss"] for p in one["curve"]] == [p["loss"] for p in other["curve"]]
+    assert [p["accuracy"] for p in one["curve"]] != [p["accuracy"] for p in other["curve"]]
+    assert one["tests"] == other["tests"]

@@ -20,6 +20,8 @@ from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.models.lstm import LSTMLM
 from nestlearn.optim import LevelOptimizer
 from nestlearn.training.checkpoint import checkpoint_path, newest_checkpoint, prune_checkpoints, save_checkpoint
+from nestlearn.training.config import TrainingConfig
+from nestlearn.training.session import learning_rate
 
 # Streams of random numbers. What is asked while a model trains takes no part in the marks.
 _FIXED_SET, _VALIDATION, _TEST, _STEPS = 0, 1, 2, 3
@@ -61,11 +63,12 @@ def train_on_task(job: Job) -> Record:
     if found is not None:
         found.restore(model, optimizer)
         step, curve = found.step, found.progress["curve"]
+    rate = TrainingConfig(steps=job["steps"], lr=job["lr"], warmup=job["warmup"])
     diverged = False
     began = time.monotonic()
     while step < job["steps"] and not _is_settled(curve, job["settled"]):
         for group in optimizer.param_groups:
-            group["lr"] = job["lr"] * schedule(step, job["steps"], job["warmup"])
+            group["lr"] = learning_rate(step, rate)
         loss = _loss(model, _batch(task, fixed, job, step))
         if not math.isfinite(loss.item()):
             diverged = True
@@ -89,7 +92,7 @@ def train_on_task(job: Job) -> Record:
         "curve": curve,
         "tests": marks_of,
         "steps": step,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters(),  # type: ignore[operator]
         "diverged": diverged,
     }
 
@@ -116,13 +119,6 @@ def evaluate_task(model: nn.Module, task: Task, examples: Examples, batch_size: 
     ):  # padding lies behind all answers, so its length need not be told
         total = total.add(count(model(tokens)[0], targets))
     return total
-
-
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """The learning rate of a step, counted from 0, as a part of the largest: linear warm-up, then a cosine to 0.1."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
 def _is_settled(curve: list[dict[str, Any]], looks: int) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.evaluation.jobs import Record
-from nestlearn.evaluation.report import markdown_table, mean_and_error
+from nestlearn.evaluation.report import markdown_table, mean_and_error, with_error
 from nestlearn.evaluation.reproduce.table import Plan, Scale, Table
 from nestlearn.io import atomic_path
 
@@ -137,9 +137,8 @@ def _some(records: Sequence[Record], column: str) -> Record:
 
 
 def _number(table: Table, runs: Sequence[Record], test: str) -> str:
-    mean, error = mean_and_error([100 * run["tests"][test][table.score] for run in runs])
     diverged = sum(run["diverged"] for run in runs)
-    text = f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
+    text = with_error([100 * run["tests"][test][table.score] for run in runs], 1)
     return f"{text} ({diverged} diverged)" if diverged else text
 
 
@@ -151,8 +150,7 @@ def _average(table: Table, columns: Sequence[Sequence[Record]]) -> str | None:
         return None
     test = next(iter(columns[0][0]["tests"]))
     means = [100 * statistics.fmean(runs[seed]["tests"][test][table.score] for runs in by_seed) for seed in seeds]
-    mean, error = mean_and_error(means)
-    return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
+    return with_error(means, 1)
 
 
 def _sizes(runs: Sequence[Record]) -> str:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nestlearn.evaluation.tasks.checks import check_whole
 from nestlearn.evaluation.tasks.haystacks import Haystack, Side, Texts, check_side, examples, fill, find_data_root, hide
 from nestlearn.evaluation.tasks.task import Examples, Task
 from nestlearn.evaluation.tasks.words import Encoder, WordVocabulary
@@ -140,8 +141,7 @@ class BABILong(Task):
     def __post_init__(self) -> None:
         most = 1 if self.most_facts is None else self.most_facts
         for name, value in (("length", self.length), ("most_facts", most)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            check_whole(name, value, 1)
         object.__setattr__(self, "stories", tuple(self.stories))
         if isinstance(self.encoder, WordVocabulary):
             parts = {part for story in self.stories for part in (*story.facts, story.question, story.answer)}

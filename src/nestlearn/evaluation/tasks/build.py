@@ -41,11 +41,9 @@ def build_task(description: Mapping[str, Any]) -> Task:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _needles(
-    *, kind: str, side: Side, words: int, haystack: str = "", key_limit: int | None = None, **settings: Any
-) -> Task:
+def _needles(*, kind: str, side: Side, words: int, haystack: str = "", **settings: Any) -> Task:
     vocabulary = _vocabulary(words)
-    given: dict[str, Any] = {"encoder": vocabulary, "key_words": read_key_words(vocabulary, limit=key_limit)}
+    given: dict[str, Any] = {"encoder": vocabulary, "key_words": read_key_words(vocabulary)}
     if haystack or kind != "single_1":
         given["haystack"] = _haystack(haystack or "novels", side)
     return Needles.preset(kind, **given, **settings)

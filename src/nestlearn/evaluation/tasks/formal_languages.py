@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nestlearn.evaluation.tasks.checks import check_whole
 from nestlearn.evaluation.tasks.task import IGNORED, Examples, Task
 
 PADDING, BEGIN, FIRST_SYMBOL = 0, 1, 2
@@ -76,9 +77,7 @@ class FormalLanguage(Task):
         if self.language not in LANGUAGES:
             raise ValueError(f"language: expected one of {', '.join(map(repr, LANGUAGES))}; got {self.language!r}")
         for name in ("shortest", "longest"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            check_whole(name, getattr(self, name), 1)
         if not self.string_lengths():
             unit = LANGUAGES[self.language].unit
             raise ValueError(

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nestlearn.evaluation.tasks.checks import check_whole
 from nestlearn.evaluation.tasks.haystacks import Haystack, Noise, examples, fill, find_data_root, hide
 from nestlearn.evaluation.tasks.task import IGNORED, Answers, Examples, Task
 from nestlearn.evaluation.tasks.words import Encoder, WordVocabulary, split_words
@@ -145,9 +146,7 @@ class Needles(Task):
 
     def __post_init__(self) -> None:
         for name in ("length", "keys", "queries", "values"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            check_whole(name, getattr(self, name), 1)
         if self.queries > self.keys:
             raise ValueError(f"queries: expected at most keys = {self.keys}, got {self.queries}. Raise keys.")
         if self.value_kind not in get_args(ValueKind):
