@@ -63,3 +63,15 @@ def test_commands_know_their_options(
     assert end.value.code in (0, None)
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_every_file_that_a_page_links_to_is_there() -> None:
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "benchmarks/README.md",
+    ):
+        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+        missing = [link for link in links if not (page.parent / link).exists()]
+        assert not missing, f"{page.name} links to what is not there: {missing}"
