@@ -30,6 +30,7 @@ OPTIONS: dict[str, list[Any]] = {
     "retention": [False],
     "negative_eigenvalues": [True],
     "adaptive_query": [True],
+    "static_projections": [("key",), ("value", "rate")],
     "residual_memory": [True],
     "write_bound": [None, 4.0],
     "projection_chunk_size": [2, 8],
@@ -39,6 +40,8 @@ OPTIONS: dict[str, list[Any]] = {
 }
 SINGLE: list[dict[str, Any]] = [{name: value} for name, values in OPTIONS.items() for value in values]
 PAIRS = [a | b for a, b in itertools.combinations(SINGLE, 2) if a.keys() != b.keys()]
+# A memory that decays to zero cannot stay as it is.
+PAIRS = [p for p in PAIRS if not ("static_projections" in p and p.get("retain_to") == "zero")]
 
 
 def label(options: dict[str, Any]) -> str:

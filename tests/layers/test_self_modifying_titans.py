@@ -142,6 +142,25 @@ def test_equals_the_specification(
     compare(layer, tokens, random_state(layer, [position] * 2))
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_static_projections_equal_the_specification_and_are_never_written(backend: str, rule: str) -> None:
+    names = ("key", "retention")
+    layer = build(inner_rule=rule, momentum=True, backend=backend, static_projections=names, chunk_size=4)
+    compare(layer, 7, random_state(layer, [3, 3]))
+    _, state = layer(torch.randn(2, 9, 8, dtype=torch.float64))
+    written = state["inner"].flatten(3).abs().amax(dim=(0, 1, 3)) > 0
+    expected = [name not in names for name in ("key", "value", "rate", "retention", "memory")]
+    assert written.tolist() == expected
+
+
+def test_static_projections_are_refused_where_they_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"static_projections: expected one of 'key', .* got 'query'"):
+        build(static_projections=("query",))
+    with pytest.raises(ValueError, match="static_projections: a memory stays as it is only where"):
+        build(static_projections=("key",), retain_to="zero")
+
+
 @pytest.mark.parametrize("adaptive_query", [False, True])
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("rule", RULES)

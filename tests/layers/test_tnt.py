@@ -93,6 +93,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"global_stride": 2, "momentum": True, "residual_memory": True},
     {"global_stride": 6, "inner_rule": "gd", "retain_to": "zero"},
     {"global_stride": 3, "adaptive_query": True, "backend": "torch"},
+    {"static_projections": ("key", "value"), "momentum": True},
     {"global_stride": 2, "residual_memory": True, "retain_to": "zero", "backend": "torch"},
 ]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=256)
-def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor () that is shared and must not be written to."""
+def constant(value: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor () or (n,) that is shared and must not be written to."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device=device)

@@ -25,7 +25,6 @@ from nestlearn.memory.mlp import (
     MLPMemory,
     MLPWeights,
     WriteGates,
-    WriteScales,
     read_mlp,
     read_mlp_chunk,
 )
@@ -445,7 +444,7 @@ class ChunkedMemory(nn.Module):
         return out.transpose(1, 2).flatten(2), memory
 
     def _plan(self, segments: tuple[Segment, ...]) -> WalkPlan:
-        memory, scales = self.memory, self._scales()
+        memory = self.memory
         return WalkPlan(
             segments=segments,
             chunk_size=self.chunk_size,
@@ -454,7 +453,7 @@ class ChunkedMemory(nn.Module):
             read=self.read,
             hidden=memory.hidden,
             narrow=memory.narrow,
-            scales=(*[scales.projections] * (len(memory.hidden) - 1), scales.main),
+            scales=self._scales(),
             bound=self.write_bound,
             to_initial=self.retain_to == "initial",
             detach_every=self.detach_every,
@@ -470,21 +469,19 @@ class ChunkedMemory(nn.Module):
         raise NotImplementedError
 
     def _scale(self, like: Tensor) -> Tensor:
-        """The fraction of its errors that each memory writes, (M, 1, 1).
+        """`_scales` as a tensor (M, 1, 1)."""
+        return torch.tensor(self._scales(), dtype=like.dtype, device=like.device)[:, None, None]
+
+    def _scales(self) -> tuple[float, ...]:
+        """The fraction of its errors that each memory writes, the main memory's last.
 
         "gd" erases nothing, so a chunk's writes add up against one snapshot: it takes their mean, as mini-batch
         gradient descent does, or a chunk of similar keys would overshoot.
         """
-        own = self._scales()
-        scales = [own.projections] * (len(self.memory.hidden) - 1) + [own.main]
-        return torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
-
-    def _scales(self) -> WriteScales:
+        main, projections = self.write_scale, self.projection_write_scale
         if self.inner_rule == "gd":
-            return WriteScales(
-                self.write_scale / self.chunk_size, self.projection_write_scale / self.projection_chunk_size
-            )
-        return WriteScales(self.write_scale, self.projection_write_scale)
+            main, projections = main / self.chunk_size, projections / self.projection_chunk_size
+        return (*[projections] * (len(self.memory.hidden) - 1), main)
 
     def _fresh(self, batch_size: int) -> MemoryState:
         return fresh_state(self.memory, batch_size, retain_to=self.retain_to, momentum=self.momentum)

@@ -5,6 +5,7 @@ Without gradients and in place. `ChunkedMemoryLayer._token`, in PyTorch operatio
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,7 @@ def compiled_token_(
         out = torch.empty(rows, 1, dim, dtype=dtype)
         slow = [None if w is None else w.data_ptr() for w in weights]
     first, stop = plan.narrow
+    scales = (ctypes.c_double * memories)(*plan.scales)
     run_token(
         Token(
             rows=rows,
@@ -156,9 +158,8 @@ def compiled_token_(
             projection_chunk=plan.projection_chunk_size,
             bound=plan.bound or 0.0,
             largest_gate=plan.largest_gate,
-            scale=plan.scales[-1],
-            projection_scale=plan.scales[0],
             eps=eps or 0.0,
+            scales=ctypes.addressof(scales),
             position=position.data_ptr(),
             readouts=tuple(pointers[1:7]),
             base=tuple(pointers[7:9]),

@@ -149,6 +149,8 @@ def specify_token(
         residual = name != "memory" or layer.residual_memory
         # (20) Written by a fraction; where nothing is erased, by that fraction of the mean over a chunk.
         fraction = layer.write_scale if name == "memory" else layer.projection_write_scale
+        if name in layer.static_projections:
+            fraction = 0.0
         if layer.inner_rule == "gd":
             fraction /= layer.chunk_size if name == "memory" else layer.projection_chunk_size
             fraction *= getattr(layer, "global_stride", 1)

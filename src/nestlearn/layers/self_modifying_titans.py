@@ -3,7 +3,8 @@ themselves, each with targets that it makes itself."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,24 @@ from nestlearn.layers.streams import Streams
 from nestlearn.layers.timeline import Segment
 from nestlearn.memory.mlp import STABLE_SCALES, InnerRule, MLPMemory, MLPWeights, read_mlp, write_mlp_chunk
 from nestlearn.memory.token import read_token, write_mlp_token_
+
+Projection = Literal["key", "value", "rate", "retention"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+
+
+def check_static(static_projections: Sequence[str], retain_to: RetainTo) -> None:
+    """Refuses what is no memory of a projection, and decay to zero, which changes a memory that is never written.
+
+    Raises:
+        ValueError: saying what was expected.
+    """
+    for name in static_projections:
+        check_choice("static_projections", name, Projection)
+    if static_projections and retain_to != "initial":
+        raise ValueError(
+            f"static_projections: a memory stays as it is only where it decays to its initial state; with retain_to="
+            f'"{retain_to}" choose retain_to="initial" or static_projections=()'
+        )
 
 
 class SelfModifyingTitans(ChunkedMemoryLayer):
@@ -68,6 +87,8 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         retention: whether memories decay at all.
         negative_eigenvalues: lets an erasure overshoot, which state tracking needs (decision 4).
         adaptive_query: makes q a memory too.
+        static_projections: which of "key", "value", "rate" and "retention" are never written: slow weights, as in an
+            ablation of Table 6.
         residual_memory: gives the main memory the residual of Eq. 89 too.
         write_scale: the fraction of its error that the main memory writes, under "gd" of the chunk's mean error; None
             for what keeps the inner rule stable (`nestlearn.memory.mlp.STABLE_SCALES`).
@@ -102,6 +123,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         retention: bool = True,
         negative_eigenvalues: bool = False,
         adaptive_query: bool = False,
+        static_projections: Sequence[Projection] = (),
         residual_memory: bool = False,
         write_scale: float | None = None,
         projection_write_scale: float | None = None,
@@ -116,6 +138,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         if not 0 < initial_gate < 1:
             raise ValueError(f"initial_gate: expected a number between 0 and 1, got {initial_gate}")
         check_choice("inner_rule", inner_rule, InnerRule)
+        check_static(static_projections, retain_to)
         head_dim = dim // heads
         hidden = head_dim if memory_hidden is None else memory_hidden
         super().__init__(
@@ -147,6 +170,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         self.retention = retention
         self.negative_eigenvalues = negative_eigenvalues
         self.adaptive_query = adaptive_query
+        self.static_projections = tuple(static_projections)
         self.residual_memory = residual_memory
         # The exact step of an ordinary gate divides by 1 - s; with negative eigenvalues nothing does.
         self.largest_gate = 1.0 if negative_eigenvalues else LARGEST_GATE
@@ -176,6 +200,12 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         readouts = (self.gate_readout, self.gate_bias, *retain, *momentum)
         given = GateReadouts(*(None if r is None else r.to(inputs.dtype) for r in readouts))  # type: ignore[arg-type]
         return self.streams.split(inputs), None, given
+
+    def _scales(self) -> tuple[float, ...]:
+        scales = list(super()._scales())
+        for name in self.static_projections:
+            scales[PROJECTIONS.index(name)] = 0.0
+        return tuple(scales)
 
     def _walk_options(self) -> dict[str, Any]:
         return {
@@ -286,7 +316,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
             rule=self.inner_rule,
             negative_eigenvalues=self.negative_eigenvalues,
             bound=self.write_bound,
-            scale=self._scales(),
+            scales=self._scales(),
         )
         if self.read == "token":
             out = decode_main(base, running, query)

@@ -184,7 +184,7 @@ class Titans(ChunkedMemoryLayer):
             gates,
             rule=self.inner_rule,
             bound=self.write_bound,
-            scale=self._scales(),
+            scales=self._scales(),
         )
         if self.read == "token":
             out = decode_main(base, running, query)

@@ -25,7 +25,7 @@ from nestlearn.layers.compiled_walk import GateReadouts, compiled_read
 from nestlearn.layers.self_modifying_titans import SelfModifyingTitans, gate_logits
 from nestlearn.layers.shards import Shards, plan_shards
 from nestlearn.layers.timeline import Segment
-from nestlearn.memory.mlp import MLPMemory, MLPWeights, WriteScales, last_memory, read_mlp, write_mlp_chunk
+from nestlearn.memory.mlp import MLPMemory, MLPWeights, last_memory, read_mlp, write_mlp_chunk
 
 State = dict[str, Tensor]
 Walk = Callable[[Tensor, MemoryState, tuple[Segment, ...]], tuple[Tensor, MemoryState]]
@@ -169,10 +169,10 @@ class TNT(SelfModifyingTitans):
     def _walk_options(self) -> dict[str, Any]:
         return super()._walk_options() | {"made": self.global_stride == 1}
 
-    def _scales(self) -> WriteScales:
+    def _scales(self) -> tuple[float, ...]:
         scales = super()._scales()
         if self.inner_rule == "gd":  # the mean over the tokens of a chunk that are written
-            return WriteScales(*(scale * self.global_stride for scale in scales))
+            return tuple(scale * self.global_stride for scale in scales)
         return scales
 
     def _walk(self, inputs: Tensor, memory: MemoryState, segments: tuple[Segment, ...]) -> tuple[Tensor, MemoryState]:

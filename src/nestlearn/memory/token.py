@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.functional.constants import constant
-from nestlearn.memory.mlp import InnerRule, MLPWeights, WriteScales
+from nestlearn.memory.mlp import InnerRule, MLPWeights
 
 
 class TokenGates(NamedTuple):
@@ -131,7 +131,7 @@ def write_mlp_token_(
     rule: InnerRule,
     negative_eigenvalues: bool = False,
     bound: float | None = None,
-    scale: WriteScales,
+    scales: tuple[float, ...],
 ) -> None:
     """Writes a token into M memories (Eq. 88, 90), in place: `memory.mlp.write_mlp_chunk` for one token.
 
@@ -147,21 +147,21 @@ def write_mlp_token_(
         gates: of the token.
         rule, negative_eigenvalues: see `memory.mlp.write_strengths`.
         bound: norm to which the error, and its image at the inner map, is scaled down; None for no bound.
-        scale: the fraction of its error that a memory writes; the last of the M is the main memory.
+        scales: the fraction of its error that each of the M memories writes.
     """
     count, memories, width = z.shape
-    factor = scale.projections
+    factor = 1.0
     if bound is not None:
         # Both values are kept in units of the bound.
         value.div_(torch.linalg.vector_norm(value, dim=-1, keepdim=True).clamp_min_(bound))
-        factor *= bound
+        factor = bound
     back = torch.bmm(value.view(-1, 1, value.shape[-1]), outer_at_snapshot).view(z.shape)
     image = torch.ops.aten.silu_backward(back, z)
     if bound is not None:
         image.div_(torch.linalg.vector_norm(image, dim=-1, keepdim=True).clamp_min_(1.0))
-    if scale.main != scale.projections:
-        image[:, -1].mul_(scale.main / scale.projections)
-        value[:, -1].mul_(scale.main / scale.projections)
+    own_scale = constant(scales, image.dtype, image.device)[:, None]
+    image.mul_(own_scale)
+    value.mul_(own_scale)
 
     # The keys of all maps: k for all inner ones, then the hidden features of the outer ones.
     squared = torch.cat([key.square().sum(-1), hidden.square().sum(-1)], dim=1)

@@ -16,6 +16,7 @@ from nestlearn.layers.chunked_memory import (
     check_scales,
     gate_hidden,
 )
+from nestlearn.layers.self_modifying_titans import Projection, check_static
 from nestlearn.layers.tnt import check_shards
 from nestlearn.memory.continuum import Variant, check_periods
 from nestlearn.memory.mlp import InnerRule
@@ -74,10 +75,10 @@ class HopeConfig:
         projection_chunk_size: the same for the projections' memories; None for chunk_size.
         global_chunk_size, local_chunk_sizes, shard_length, global_stride, project_queries: of the mixer "tnt", in place
             of the two above; see `nestlearn.layers.TNT`.
-        inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, residual_memory,
-        write_scale, projection_write_scale, write_bound, memory_hidden, gate_hidden_ratio, initial_gate, detach_every,
-        backend: see `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans read, retain_to, write_bound,
-            memory_hidden, initial_gate, detach_every and backend.
+        inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, static_projections,
+        residual_memory, write_scale, projection_write_scale, write_bound, memory_hidden, gate_hidden_ratio,
+        initial_gate, detach_every, backend: see `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans
+            read, retain_to, write_bound, memory_hidden, initial_gate, detach_every and backend.
 
     Raises:
         ValueError: saying what was expected, what came, and how to mend it.
@@ -107,6 +108,7 @@ class HopeConfig:
     retention: bool = True
     negative_eigenvalues: bool = False
     adaptive_query: bool = False
+    static_projections: tuple[Projection, ...] = ()
     residual_memory: bool = False
     write_scale: float | None = None
     projection_write_scale: float | None = None
@@ -120,9 +122,11 @@ class HopeConfig:
     def __post_init__(self) -> None:
         if isinstance(self.cms_periods, int):
             raise ValueError(f"cms_periods: expected one period a level, for example ({self.cms_periods},)")
+        if isinstance(self.static_projections, str):
+            raise ValueError(f'static_projections: expected names, for example ("{self.static_projections}",)')
         if isinstance(self.local_chunk_sizes, int):
             raise ValueError(f"local_chunk_sizes: expected one size a memory, for example ({self.local_chunk_sizes},)")
-        for name in ("cms_periods", "local_chunk_sizes"):
+        for name in ("cms_periods", "local_chunk_sizes", "static_projections"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "dim", "depth", "heads", "conv_width", "chunk_size"):
             value = getattr(self, name)
@@ -151,6 +155,7 @@ class HopeConfig:
             ("backend", Backend),
         ):
             check_choice(name, getattr(self, name), choices)
+        check_static(self.static_projections, self.retain_to)
         check_periods(self.cms_periods)
         if not round(self.dim * self.cms_expansion) >= 1:
             raise ValueError(f"cms_expansion: expected a positive number, got {self.cms_expansion}")
@@ -193,7 +198,7 @@ class HopeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        lists = {name: list(getattr(self, name)) for name in ("cms_periods", "local_chunk_sizes")}
+        lists = {name: list(getattr(self, name)) for name in ("cms_periods", "local_chunk_sizes", "static_projections")}
         return {**asdict(self), **lists}
 
     @classmethod

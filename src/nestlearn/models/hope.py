@@ -37,6 +37,7 @@ OF_MEMORIES = (
     "retention",
     "negative_eigenvalues",
     "adaptive_query",
+    "static_projections",
     "residual_memory",
     "write_scale",
     "projection_write_scale",

@@ -43,6 +43,7 @@ def test_padded_rows_are_walked_in_operations() -> None:
     ("options", "message"),
     [
         ({"adaptive_query": True}, "setting of adaptive_query"),
+        ({"static_projections": ("value",)}, "setting of static_projections"),
         ({"chunk_size": 8}, "expected sizes of 16, 32, 64, got chunk_size 8"),
     ],
 )

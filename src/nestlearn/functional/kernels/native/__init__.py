@@ -73,7 +73,8 @@ class Token(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in _TOKEN_SIZES),
-        *((name, ctypes.c_double) for name in ("bound", "largest_gate", "scale", "projection_scale", "eps")),
+        *((name, ctypes.c_double) for name in ("bound", "largest_gate", "eps")),
+        ("scales", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
         ("readouts", ctypes.c_void_p * 6),
         ("base", ctypes.c_void_p * 2),

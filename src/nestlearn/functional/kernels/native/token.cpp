@@ -15,7 +15,8 @@ struct Token {
   std::int32_t read;  // 0 token, 1 previous, 2 chunk
   std::int32_t negative_eigenvalues, own_targets, main_residual, adaptive_query, to_initial;
   std::int32_t has_retain, has_momentum, threads, wide, chunk, projection_chunk;
-  double bound, largest_gate, scale, projection_scale, eps;
+  double bound, largest_gate, eps;
+  const double* scales;               // (memories), the fraction of its error that each writes
   std::int64_t* position;             // (rows)
   const void* readouts[6];            // gate, its bias, retain, its bias, momentum, its bias: (heads, key), (heads)
   const void *base[2], *base_narrow[2];  // inner, outer (heads, M, ...); of the narrow memories apart, or null
@@ -178,7 +179,7 @@ class Head {
       on_image = std::sqrt(square / std::max(on_error * on_error * dot(hidden, image, image), square));
     }
     const Strength<T> outer_strength = strength(h, hidden);
-    const T scale = -T(m < M - 1 ? w.projection_scale : w.scale) * on_error;
+    const T scale = -T(w.scales[m]) * on_error;
     put(m, 0, hidden, K, k, image, scale * on_image * inner_strength.write, inner_strength.erase);
     put(m, 1, K, hidden, h, error, scale * outer_strength.write, outer_strength.erase);
   }
