@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from nestlearn.cli.shared import output, teaching
-from nestlearn.evaluation.reproduce import NUMBERS, TABLES, Order, Scale, reproduce
+from nestlearn.evaluation.reproduce import NUMBERS, TABLES, NovelsTable, Order, Scale, reproduce
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -31,7 +31,9 @@ def reproduce_table(
         Path | None,
         typer.Option(help="Path of the results, no suffix; by default results/NAME, with the scale if not small."),
     ] = None,
-    runs: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/NAME-SCALE.")] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; by default runs/NAME-SCALE, or runs/novels-SCALE.")
+    ] = None,
 ) -> None:
     """Make a table of the paper: train its models, and put our numbers beside the paper's.
 
@@ -52,7 +54,8 @@ def reproduce_table(
         columns=_names(columns),
         seeds=seeds,
         processes=jobs,
-        runs=runs or Path("runs") / f"{name}-{scale}",
+        # Tables of language models share runs, and so their folder.
+        runs=runs or Path("runs") / f"{'novels' if isinstance(TABLES[name], NovelsTable) else name}-{scale}",
         out=out or Path("results") / (name.replace("-", "_") + ("" if scale == "small" else f"_{scale}")),
     )
     order.out.parent.mkdir(parents=True, exist_ok=True)

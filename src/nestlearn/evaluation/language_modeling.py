@@ -14,7 +14,8 @@ import argparse
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def train_one(job: Job) -> Record:
     model = dict(job["run"]["model"])
     run = RunConfig(
         model=model,
-        data=DataConfig(**job["run"]["data"]),
+        data=DataConfig(**{name: expanded(value) for name, value in job["run"]["data"].items()}),
         training=TrainingConfig(**{**job["run"]["training"], "betas": tuple(job["run"]["training"]["betas"])}),
     )
     with open(folder / "progress.txt", "a", encoding="utf-8") as progress, contextlib.redirect_stderr(progress):
@@ -99,6 +100,52 @@ def train_one(job: Job) -> Record:
         "held_out": [_pick(row, "step", "tokens", "loss", "bits_per_byte") for row in rows if row["event"] == "eval"],
         "diverged": diverged,
     }
+
+
+def expanded(value: Any) -> Any:
+    """A path with the environment's variables in it: jobs and records name no folder of this machine."""
+    return os.path.expandvars(value) if isinstance(value, str) else value
+
+
+def try_rates(
+    configs: Mapping[str, HopeConfig],
+    data: DataConfig,
+    schedule: Callable[[float], TrainingConfig],
+    rates: Sequence[float],
+    folder: Path,
+    *,
+    processes: int,
+) -> tuple[dict[str, float], list[Record]]:
+    """For each model the best of some learning rates, and the runs that showed it.
+
+    Args:
+        configs: models by name.
+        data: text of the training side alone; a part of it is held out here, so that the text of a comparison stays
+            unseen.
+        schedule: of a run at a learning rate.
+        rates: to be tried.
+        folder: of the runs.
+        processes: runs at once.
+    """
+    jobs = [make_job(name, config, data, schedule(rate), folder) for rate in rates for name, config in configs.items()]
+    records = run_jobs(train_one, jobs, folder / "records", processes=processes)
+    return choose_rates(records), records
+
+
+def schedule(*, steps: int, lr: float, seed: int, **settings: Any) -> TrainingConfig:
+    """A run of a comparison: fp32 on one CPU thread, what is not said in proportion to its steps."""
+    others: dict[str, Any] = {
+        "warmup": max(1, steps // 20),
+        "log_every": max(1, steps // 50),
+        "eval_every": max(1, steps // 10),
+        "checkpoint_every": max(1, steps // 10),
+        "weight_decay": 0.1,
+        "keep_checkpoints": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "threads": 1,
+    }
+    return TrainingConfig(steps=steps, lr=lr, seed=seed, **{**others, **settings})
 
 
 def final_bits(record: Record) -> float:
@@ -288,46 +335,41 @@ def main() -> None:
         parser.error(str(error))
     runs = given.runs or Path("runs") / given.out.name
     data = DataConfig(text=given.text, held_out=given.held_out, max_bytes=given.max_bytes)
-    # Rates are chosen on documents of the training side, so that the text of the comparison stays unseen.
-    tuning_data = DataConfig(text=given.text, max_bytes=given.max_bytes)
-
-    def schedule(steps: int, seed: int, lr: float) -> TrainingConfig:
-        return TrainingConfig(
-            steps=steps,
-            batch_size=given.batch_size,
-            sequence_length=given.sequence_length,
-            lr=lr,
-            warmup=given.warmup or max(1, steps // 20),
-            weight_decay=given.weight_decay,
-            log_every=max(1, steps // 50),
-            eval_every=given.eval_every or max(1, steps // 10),
-            eval_tokens=given.eval_tokens,
-            checkpoint_every=given.checkpoint_every or max(1, steps // 10),
-            keep_checkpoints=1,
-            seed=seed,
-            device="cpu",
-            precision="fp32",
-            threads=1,
-        )
+    settings_of_runs = {
+        "batch_size": given.batch_size,
+        "sequence_length": given.sequence_length,
+        "weight_decay": given.weight_decay,
+        "eval_tokens": given.eval_tokens,
+    }
+    for name in ("warmup", "eval_every", "checkpoint_every"):
+        if getattr(given, name):
+            settings_of_runs[name] = getattr(given, name)
 
     tuning: list[Record] = []
     notes = [given.note] if given.note else []
     if given.tune:
         tried = [float(rate) for rate in given.tune.split(",")]
         steps = given.tune_steps or max(1, given.steps // 4)
-        jobs = [
-            make_job(name, configs[name], tuning_data, schedule(steps, TUNING_SEED, lr), runs)
-            for lr in tried
-            for name in models
-        ]
-        tuning = run_jobs(train_one, jobs, runs / "records", processes=given.jobs)
-        rates = choose_rates(tuning)
+        rates, tuning = try_rates(
+            configs,
+            DataConfig(text=given.text, max_bytes=given.max_bytes),
+            lambda rate: schedule(steps=steps, lr=rate, seed=TUNING_SEED, **settings_of_runs),
+            tried,
+            runs,
+            processes=given.jobs,
+        )
         notes.append(
             f"Learning rates: the best of {', '.join(f'{rate:g}' for rate in tried)} for each model, after {steps:,} "
             f"steps with a seed of its own, on documents held out of the training side."
         )
     jobs = [
-        make_job(name, configs[name], data, schedule(given.steps, int(seed), rates[name]), runs)
+        make_job(
+            name,
+            configs[name],
+            data,
+            schedule(steps=given.steps, lr=rates[name], seed=int(seed), **settings_of_runs),
+            runs,
+        )
         for seed in given.seeds.split(",")
         for name in models
     ]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nestlearn.evaluation.jobs import Job, Record, run_jobs
 from nestlearn.evaluation.report import write_report
 from nestlearn.evaluation.reproduce.models import table_models
 from nestlearn.evaluation.reproduce.page import describe, plot
-from nestlearn.evaluation.reproduce.table import Column, Plan, Scale, Table
+from nestlearn.evaluation.reproduce.table import Column, Order, Plan, Table
 from nestlearn.evaluation.task_training import train_on_task
 from nestlearn.evaluation.tasks import build_task
 
@@ -21,30 +19,7 @@ from nestlearn.evaluation.tasks import build_task
 TUNING_SEED = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What is wanted of a table.
-
-    Attributes:
-        scale: "smoke", "small" or "paper".
-        models: names; empty for the table's own.
-        columns: names; empty for all.
-        seeds: how many; 0 for as many as the scale has.
-        processes: how many runs at once, one thread each.
-        runs: folder of records and checkpoints.
-        out: path of the results, without suffix.
-    """
-
-    scale: Scale
-    models: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    seeds: int = 0
-    processes: int = 1
-    runs: Path
-    out: Path
-
-
-def reproduce(table: Table, order: Order) -> str:
+def reproduce_tasks(table: Table, order: Order) -> str:
     """Runs what is not done yet and writes `out`.json, `out`.md and `out`.png.
 
     Returns:

@@ -4,10 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Scale = Literal["smoke", "small", "paper"]
 Score = Literal["exact", "accuracy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is wanted of a table.
+
+    Attributes:
+        scale: "smoke", "small" or "paper".
+        models: names; empty for the table's own.
+        columns: names; empty for all.
+        seeds: how many; 0 for as many as the scale has.
+        processes: how many runs at once, one thread each.
+        runs: folder of records and checkpoints.
+        out: path of the results, without suffix.
+    """
+
+    scale: Scale
+    models: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    seeds: int = 0
+    processes: int = 1
+    runs: Path
+    out: Path
 
 
 @dataclass(frozen=True, kw_only=True)

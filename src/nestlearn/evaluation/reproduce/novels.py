@@ -1,0 +1,228 @@
+"""What the tables of language models share: the novels that they read, and how they are trained and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nestlearn.evaluation.context_use import loss_by_position
+from nestlearn.evaluation.jobs import Job, Record, run_jobs
+from nestlearn.evaluation.language_modeling import (
+    TUNING_SEED,
+    make_job,
+    model_config,
+    schedule,
+    train_one,
+    try_rates,
+)
+from nestlearn.evaluation.matching import count_parameters
+from nestlearn.evaluation.report import write_report
+from nestlearn.evaluation.reproduce.table import Order, Scale
+from nestlearn.evaluation.tasks.haystacks import find_data_root
+from nestlearn.evaluation.zero_shot import FILES, ask, read_questions
+from nestlearn.training.checkpoint import load_model
+from nestlearn.training.config import DataConfig
+from nestlearn.training.data import PackedTokens, Tokenizer, read_documents, tokenize_documents
+
+TEXT, HELD_OUT = "eltec_eng/train.jsonl.gz", "eltec_eng/valid.jsonl.gz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NovelsPlan:
+    """Language models at one scale.
+
+    Attributes:
+        size: of the models, settings of `HopeConfig`.
+        runs: of `language_modeling.schedule`: steps, batch_size, sequence_length and others.
+        rates: learning rates; each model takes the best of them, tried with a seed of its own.
+        tune_steps: of the runs that try them.
+        seeds: how many by default.
+        max_bytes: of the training text; 0 for all of it.
+        measure: what the measures need: "window" and "window_tokens" of context use, "questions" of each set.
+    """
+
+    size: Mapping[str, Any]
+    runs: Mapping[str, Any]
+    rates: tuple[float, ...]
+    tune_steps: int
+    seeds: int
+    max_bytes: int
+    measure: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NovelsTable:
+    """A table of language models, trained on novels.
+
+    Attributes:
+        title: heading of the page.
+        models: names as in `language_modeling.MODELS`, or variants "hope/no momentum" of them, with their own settings
+            of `HopeConfig`; "hope" is the reference, whose number of parameters all take.
+        plan: the table at a scale.
+        page: (records, measured by the records' names, plan) -> Markdown.
+        plot: (records, measured, path of the picture).
+        measure: one of `MEASURES`, of the trained models; None for their held-out loss alone.
+        one_rate: whether all take the learning rate that is best for "hope", as variants of one model do.
+    """
+
+    title: str
+    models: Mapping[str, Mapping[str, Any]]
+    plan: Callable[[Scale], NovelsPlan]
+    page: Callable[[Sequence[Record], Mapping[str, Any], NovelsPlan], str]
+    plot: Callable[[Sequence[Record], Mapping[str, Any], Path], None]
+    measure: str | None = None
+    one_rate: bool = False
+
+
+def plan(scale: Scale) -> NovelsPlan:
+    """Bytes of ELTeC's English novels at every scale; "paper" reads all of them with a model of 10M parameters."""
+    size = {"dim": 128, "depth": 2, "heads": 2, "cms_periods": (1, 4), "cms_expansion": 2.0}
+    runs: dict[str, Any] = {"steps": 400, "batch_size": 4, "sequence_length": 512, "eval_tokens": 131_072}
+    small = NovelsPlan(
+        size=size,
+        runs=runs,
+        rates=(2e-3, 4e-3),
+        tune_steps=100,
+        seeds=3,
+        max_bytes=20_000_000,
+        measure={"window": 16 * 512, "window_tokens": 64 * 16 * 512, "questions": 512},
+    )
+    if scale == "smoke":
+        return NovelsPlan(
+            size={**size, "dim": 16},
+            runs={"steps": 2, "batch_size": 2, "sequence_length": 32, "eval_tokens": 128},
+            rates=(4e-3,),
+            tune_steps=1,
+            seeds=1,
+            max_bytes=100_000,
+            measure={"window": 128, "window_tokens": 1024, "questions": 4},
+        )
+    if scale == "small":
+        return small
+    return NovelsPlan(
+        size={"dim": 320, "depth": 6, "heads": 5, "cms_periods": (1, 4), "cms_expansion": 2.0},
+        runs={**runs, "steps": 6000, "batch_size": 16, "sequence_length": 2048, "device": "auto", "precision": "auto"},
+        rates=(1e-3, 2e-3, 4e-3),
+        tune_steps=600,
+        seeds=3,
+        max_bytes=0,
+        measure={"window": 16 * 2048, "window_tokens": 2**22, "questions": 10_000},
+    )
+
+
+def reproduce_novels(table: NovelsTable, order: Order) -> str:
+    """Runs what is not done yet and writes `out`.json, `out`.md and `out`.png; returns the page.
+
+    Runs of the same models lie in the same folders for every table, so that one table goes on with another's.
+
+    Raises:
+        ValueError: for an unknown model, or columns, which these tables have not.
+        FileNotFoundError: if the novels are not there.
+        JobsFailed: if runs failed; the others are kept.
+    """
+    plan = table.plan(order.scale)
+    names = order.models or tuple(table.models)
+    unknown = [name for name in names if name not in table.models]
+    if unknown:
+        raise ValueError(f"models: expected some of {', '.join(table.models)}; got {', '.join(unknown)}")
+    if order.columns:
+        raise ValueError("columns: this table has one task only; leave --columns out")
+    for name in (TEXT, HELD_OUT):
+        read_documents(find_data_root() / name, max_bytes=1000)
+    reference = model_config("hope", **plan.size, **table.models["hope"])
+    target = count_parameters(reference)
+    configs = {
+        name: reference if name == "hope" else model_config(name, target=target, **{**plan.size, **table.models[name]})
+        for name in names
+    }
+    text, held_out = (f"$NESTLEARN_DATA/{name}" for name in (TEXT, HELD_OUT))
+    tuned = {"hope": reference} if table.one_rate else configs
+    rates, tuning = dict.fromkeys(tuned, plan.rates[0]), list[Record]()
+    if len(plan.rates) > 1:
+        rates, tuning = try_rates(
+            tuned,
+            DataConfig(text=text, max_bytes=plan.max_bytes),
+            lambda rate: schedule(lr=rate, seed=TUNING_SEED, **{**plan.runs, "steps": plan.tune_steps}),
+            plan.rates,
+            order.runs,
+            processes=order.processes,
+        )
+    data = DataConfig(text=text, held_out=held_out, max_bytes=plan.max_bytes)
+    jobs = [
+        make_job(
+            name,
+            config,
+            data,
+            schedule(lr=rates["hope" if table.one_rate else name], seed=seed, **plan.runs),
+            order.runs,
+        )
+        for seed in range(order.seeds or plan.seeds)
+        for name, config in configs.items()
+    ]
+    records = run_jobs(train_one, jobs, order.runs / "records", processes=order.processes)
+    measured: dict[str, Any] = {}
+    if table.measure is not None:
+        fit = [record["job"] for record in records if not record["diverged"]]
+        measuring = [_measuring(job, table.measure, plan) for job in fit]
+        found = run_jobs(measure_one, measuring, order.runs / "records", processes=order.processes)
+        measured = {job["name"]: record["measured"] for job, record in zip(fit, found, strict=True)}
+    figure = order.out.with_name(order.out.name + ".png")
+    table.plot(records, measured, figure)
+    page = f"{_protocol(table, plan, [*records, *tuning], order.scale)} {table.page(records, measured, plan)}"
+    results = {"scale": order.scale, "tuning": tuning, "runs": records, "measured": measured}
+    return write_report(order.out, table.title, f"{page}\n\n![{table.title}]({figure.name})", results)
+
+
+def _measuring(job: Job, measure: str, plan: NovelsPlan) -> Job:
+    settings = {"sequence_length": plan.runs["sequence_length"], **plan.measure}
+    label = "-".join(str(value) for value in settings.values())
+    return {"name": f"{job['name']}-{measure}-{label}", "folder": job["folder"], "measure": measure, **settings}
+
+
+def measure_one(job: Job) -> Record:
+    """What a measure finds in the newest checkpoint of a folder."""
+    model, tokenizer = load_model(job["folder"])
+    return {"measured": MEASURES[job["measure"]](model, tokenizer, job)}
+
+
+def _context_use(model: nn.Module, tokenizer: Tokenizer, job: Job) -> Any:
+    documents = tokenize_documents(read_documents(find_data_root() / HELD_OUT), tokenizer)
+    data = PackedTokens(documents, sequence_length=job["window"])
+    found = loss_by_position(model, data, fresh_every=job["sequence_length"], max_tokens=job["window_tokens"])
+    return [stretch.to_dict() for stretch in found]
+
+
+def _zero_shot(model: nn.Module, tokenizer: Tokenizer, job: Job) -> Any:
+    return {name: ask(model, tokenizer, read_questions(name, limit=job["questions"])) for name in FILES}
+
+
+MEASURES: dict[str, Callable[[nn.Module, Tokenizer, Job], Any]] = {
+    "context use": _context_use,
+    "zero-shot": _zero_shot,
+}
+
+
+def _protocol(table: NovelsTable, plan: NovelsPlan, records: Sequence[Record], scale: Scale) -> str:
+    runs, size = plan.runs, plan.size
+    tokens = runs["steps"] * runs["batch_size"] * runs["sequence_length"]
+    seconds = [record["seconds"] for record in records]
+    chosen = f"learning rate {plan.rates[0]:g}"
+    if len(plan.rates) > 1:
+        tried = ", ".join(f"{rate:g}" for rate in plan.rates)
+        whose = "the best of Hope for all" if table.one_rate else "the best for each model"
+        chosen = (
+            f"of the learning rates {tried} {whose}, after {plan.tune_steps:,} steps with a seed of its own on novels "
+            f"held out of the training side"
+        )
+    return (
+        f"Scale {scale}. Byte-level models of width {size['dim']}, {size['depth']} blocks and {size['heads']} heads "
+        f"with equal numbers of parameters (by the width of the CMS levels), trained on {tokens:,} bytes of ELTeC's "
+        f"English novels (batch {runs['batch_size']} x {runs['sequence_length']}, {runs['steps']:,} steps of AdamW, "
+        f"warm-up and cosine), and evaluated on other novels; {chosen}. ± is the standard error over seeds, which fix "
+        f"initial weights and the order of the text; differences are between runs of the same seed. One thread a run, "
+        f"{sum(seconds) / 3600:.1f} core-hours of training in all, the longest run {max(seconds) / 60:.1f} minutes."
+    )
