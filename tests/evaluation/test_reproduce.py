@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,21 @@ import pytest
 from typer.testing import CliRunner
 
 from nestlearn.cli.app import app
-from nestlearn.evaluation.reproduce import NUMBERS, TABLES, Column, Order, Plan, Scale, Table, reproduce
+from nestlearn.evaluation.language_modeling import model_config
+from nestlearn.evaluation.matching import count_parameters
+from nestlearn.evaluation.reproduce import (
+    NUMBERS,
+    TABLES,
+    Column,
+    NovelsTable,
+    Order,
+    Plan,
+    Scale,
+    Table,
+    ablation,
+    language_modeling,
+    reproduce,
+)
 from nestlearn.evaluation.reproduce.models import table_models
 from nestlearn.evaluation.reproduce.page import describe
 from nestlearn.evaluation.reproduce.runner import best_rates, make_job
@@ -18,6 +33,8 @@ from nestlearn.evaluation.task_training import build_for_task
 from nestlearn.evaluation.tasks import build_task
 
 WITH_DATA = ("needles", "babilong")
+NOVELS = tuple(name for name, table in TABLES.items() if isinstance(table, NovelsTable))
+TASKS = tuple(name for name in TABLES if name not in NOVELS)
 
 
 def run(table: str, tmp_path: Path, *more: str) -> Any:
@@ -25,7 +42,7 @@ def run(table: str, tmp_path: Path, *more: str) -> Any:
     return CliRunner().invoke(app, [*given, "--runs", str(tmp_path / "runs")])
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if name not in WITH_DATA])
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in WITH_DATA])
 def test_every_table_is_made_at_the_smallest_scale(name: str, tmp_path: Path) -> None:
     check(name, tmp_path)
 
@@ -53,8 +70,74 @@ def check(name: str, tmp_path: Path, *more: str) -> None:
     assert "2 of 2 jobs are done already" in again.output
 
 
+@pytest.mark.parametrize("name", NOVELS)
+def test_tables_of_language_models_are_made_at_the_smallest_scale(name: str, tmp_path: Path, data_dir: Path) -> None:
+    models = list(TABLES[name].models)[:2]
+    given = ("--models", ",".join(models), "--data-root", str(data_dir))
+    done = run(name, tmp_path, *given)
+    assert done.exit_code == 0, done.output
+    page, results = (tmp_path / "t.md").read_text(), json.loads((tmp_path / "t.json").read_text())
+    assert [record["job"]["model"] for record in results["runs"]] == models
+    assert all(f"{model.removeprefix('hope/')} " in page for model in models)
+    assert str(data_dir) not in (tmp_path / "t.json").read_text()
+    assert len(results["measured"]) == (2 if TABLES[name].measure else 0)  # type: ignore[union-attr]
+    assert (tmp_path / "t.png").stat().st_size > 5000
+    done = run(name, tmp_path, *given)
+    assert "2 of 2 jobs are done already" in done.output
+    assert (tmp_path / "t.md").read_text() == page
+    refused = run(name, tmp_path, "--columns", "parity")
+    assert "columns: this table has one task only" in refused.output
+
+
 @pytest.mark.parametrize("scale", get_args(Scale))
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", NOVELS)
+def test_language_models_of_a_table_are_as_large_as_hope(name: str, scale: Scale) -> None:
+    table = TABLES[name]
+    assert isinstance(table, NovelsTable)
+    plan = table.plan(scale)
+    target = count_parameters(model_config("hope", **plan.size, **table.models["hope"]))
+    for model, settings in table.models.items():
+        config = model_config(model, target=target, **{**plan.size, **settings})
+        assert abs(count_parameters(config) / target - 1) < (0.1 if scale == "smoke" else 0.01)
+    assert plan.measure["window"] % plan.runs["sequence_length"] == 0
+
+
+def trained(model: str, seed: int, bits: float, *, diverged: bool = False) -> dict[str, Any]:
+    held_out = [{"step": 1, "tokens": 8, "loss": bits, "bits_per_byte": bits}]
+    return {"job": {"name": f"{model}-{seed}", "model": model, "seed": seed, "lr": 1e-3}, "held_out": held_out,
+            "train": [{"step": 1, "tokens": 8, "loss": 1.0, "seconds": 2.0}], "parameters": 1000, "seconds": 60.0,
+            "diverged": "at step 1" if diverged else None}  # fmt: skip
+
+
+def test_the_cost_of_a_part_is_paired_by_seed() -> None:
+    records = [
+        trained("hope", 0, 2.0), trained("hope", 1, 2.2),
+        trained("hope/without DGD", 0, 2.1), trained("hope/without DGD", 1, 2.5),
+        trained("hope/static k", 0, 2.1), trained("hope/static k", 1, 9.0, diverged=True),
+        trained("hope/adaptive q", 0, 9.0, diverged=True),
+    ]  # fmt: skip
+    found = ablation.costs(records)
+    assert found == {"hope/without DGD": pytest.approx([0.1, 0.3]), "hope/static k": pytest.approx([0.1])}
+    assert ablation.paper_cost("hope/without DGD") == pytest.approx(math.log2(13.41 / 12.24))
+    assert ablation.paper_cost("hope/with momentum") == pytest.approx(-math.log2(13.58 / 12.24))
+    assert ablation.paper_cost("hope") is None
+    page = ablation.page(records, {}, ablation.TABLE.plan("small"))
+    assert "+0.2000 ± 0.1000" in page
+    assert "diverged in 1" in page
+    assert "| 2.1000 (1 diverged) |" in page.replace("  ", "")
+
+
+def test_zero_shot_marks_stand_beside_the_papers() -> None:
+    marks = {"lambada": {"accuracy": 0.25, "bits": 9.0}, "piqa": {"accuracy": 0.5, "normalised": 0.4, "chance": 0.5}}
+    page = language_modeling.page([trained("hope", 0, 2.0)], {"hope-0": marks}, language_modeling.TABLE.plan("small"))
+    assert "| 9.00 " in page
+    assert "| 25.0 " in page
+    assert "by guessing: piqa 50.0" in page
+    assert "14.39" in page
+
+
+@pytest.mark.parametrize("scale", get_args(Scale))
+@pytest.mark.parametrize("name", TASKS)
 def test_plans_are_whole(name: str, scale: Scale) -> None:
     table = TABLES[name]
     plan = table.plan(scale)

@@ -72,12 +72,14 @@ def page(records: Sequence[Record], _: Mapping[str, Any], plan: NovelsPlan) -> s
         own = [record for record in records if record["job"]["model"] == model]
         whole = [final_bits(record) for record in own if not record["diverged"]]
         printed, cost = PAPER.get(model), paper_cost(model)
+        lost = len(own) - len(whole)
+        score = with_error(whole) + (f" ({lost} diverged)" if lost else "") if whole else f"diverged in {lost}"
         rows.append(
             [
                 model.removeprefix("hope/"),
                 f"{own[0]['parameters']:,}",
                 len(own),
-                with_error(whole) if whole else f"diverged in {len(own)}",
+                score,
                 with_error(differences[model], signed=True) if model in differences else None,
                 None if printed is None else f"{printed[0]:.2f} / {printed[1]:.1f}",
                 None if cost is None else f"{cost:+.3f}",

@@ -24,6 +24,7 @@ from nestlearn.evaluation.report import write_report
 from nestlearn.evaluation.reproduce.table import Order, Scale
 from nestlearn.evaluation.tasks.haystacks import find_data_root
 from nestlearn.evaluation.zero_shot import FILES, ask, read_questions
+from nestlearn.io import missing_file
 from nestlearn.training.checkpoint import load_model
 from nestlearn.training.config import DataConfig
 from nestlearn.training.data import PackedTokens, Tokenizer, read_documents, tokenize_documents
@@ -82,6 +83,7 @@ def plan(scale: Scale) -> NovelsPlan:
     """Bytes of ELTeC's English novels at every scale; "paper" reads all of them with a model of 10M parameters."""
     size = {"dim": 128, "depth": 2, "heads": 2, "cms_periods": (1, 4), "cms_expansion": 2.0}
     runs: dict[str, Any] = {"steps": 400, "batch_size": 4, "sequence_length": 512, "eval_tokens": 131_072}
+    runs["eval_every"] = 100
     small = NovelsPlan(
         size=size,
         runs=runs,
@@ -105,7 +107,15 @@ def plan(scale: Scale) -> NovelsPlan:
         return small
     return NovelsPlan(
         size={"dim": 320, "depth": 6, "heads": 5, "cms_periods": (1, 4), "cms_expansion": 2.0},
-        runs={**runs, "steps": 6000, "batch_size": 16, "sequence_length": 2048, "device": "auto", "precision": "auto"},
+        runs={
+            **runs,
+            "steps": 6000,
+            "batch_size": 16,
+            "sequence_length": 2048,
+            "eval_every": 600,
+            "device": "auto",
+            "precision": "auto",
+        },
         rates=(1e-3, 2e-3, 4e-3),
         tune_steps=600,
         seeds=3,
@@ -132,7 +142,8 @@ def reproduce_novels(table: NovelsTable, order: Order) -> str:
     if order.columns:
         raise ValueError("columns: this table has one task only; leave --columns out")
     for name in (TEXT, HELD_OUT):
-        read_documents(find_data_root() / name, max_bytes=1000)
+        if not (find_data_root() / name).exists():
+            raise missing_file(find_data_root() / name, what="novels")
     reference = model_config("hope", **plan.size, **table.models["hope"])
     target = count_parameters(reference)
     configs = {

@@ -1,0 +1,73 @@
+"""Loss by position: against a model whose loss is known at every place."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nestlearn.evaluation.context_use import loss_by_position
+from nestlearn.training.data import PackedTokens
+from nestlearn.training.tokenizers import load_tokenizer
+
+TOKENS = 256
+
+
+class Counting(nn.Module):
+    """Gives every token but "a" the logit 0, and "a" the square root of how many tokens its context has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anything = nn.Parameter(torch.zeros(()))
+
+    def forward(self, tokens: Tensor, *, document_starts: Tensor | None = None) -> tuple[Tensor, None]:
+        assert not self.training
+        place = torch.arange(tokens.shape[1]).expand_as(tokens)
+        if document_starts is not None:
+            place = place - torch.where(document_starts, place, 0).cummax(1).values
+        logits = torch.zeros(*tokens.shape, TOKENS)
+        logits[..., ord("a")] = (1.0 + place).sqrt()
+        return logits, None
+
+
+def bits(count: int) -> float:
+    return math.log2(1 + (TOKENS - 1) * math.exp(-math.sqrt(count)))
+
+
+def packed(texts: list[str], length: int) -> PackedTokens:
+    return PackedTokens.from_texts(texts, load_tokenizer("bytes"), sequence_length=length)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_bits_and_gains_are_those_of_the_positions(batch_size: int) -> None:
+    model = Counting().train()
+    found = loss_by_position(model, packed(["a" * 161], 32), fresh_every=8, max_tokens=10**6, batch_size=batch_size)
+    assert model.training
+    assert [(s.begin, s.end) for s in found] == [(0, 8), (8, 16), (16, 32)]
+    for stretch in found:
+        places = range(stretch.begin, stretch.end)
+        long = sum(bits(1 + place) for place in places) / len(places)
+        short = sum(bits(1 + place % 8) for place in places) / len(places)
+        assert stretch.bits == pytest.approx(long, abs=1e-5)
+        assert stretch.gain == pytest.approx(short - long, abs=1e-5)
+        assert stretch.error == pytest.approx(0, abs=1e-6)  # all windows are alike
+    assert found[0].gain == 0
+    assert found[2].gain > found[1].gain > 0.1
+
+
+def test_windows_in_which_a_document_ends_are_passed_over() -> None:
+    whole = loss_by_position(Counting(), packed(["a" * 97], 32), fresh_every=16, max_tokens=10**6)
+    # The third window has the end of the first text in it, and another text whose bytes cost far more.
+    mixed = loss_by_position(Counting(), packed(["a" * 80, "z" * 10, "a" * 64], 32), fresh_every=16, max_tokens=10**6)
+    assert [s.bits for s in mixed] == pytest.approx([s.bits for s in whole])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="power of two times fresh_every, got 32 and 12"):
+        loss_by_position(Counting(), packed(["a" * 99], 32), fresh_every=12, max_tokens=99)
+    with pytest.raises(ValueError, match="power of two times fresh_every, got 32 and 32"):
+        loss_by_position(Counting(), packed(["a" * 99], 32), fresh_every=32, max_tokens=99)
+    with pytest.raises(ValueError, match="two windows of 32 tokens within documents"):
+        loss_by_position(Counting(), packed(["a" * 40], 32), fresh_every=16, max_tokens=99)
