@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -246,3 +247,15 @@ def test_babilong_never_shows_a_story_of_one_side_on_another(data_dir: Path, mon
         assert all(sides)
         assert not sides[0] & sides[1]
         assert not (sides[0] | sides[1]) & sides[2]
+
+
+def test_models_may_have_more_seeds_than_others(tmp_path: Path) -> None:
+    table = replace(TABLES["formal-languages"], seeds={"hope": 2, "lstm": 1})
+    order = Order(scale="smoke", runs=tmp_path / "r", out=tmp_path / "x", models=("hope", "lstm"), columns=("parity",))
+    page = reproduce(table, order)
+    runs = json.loads((tmp_path / "x.json").read_text())["runs"]
+    assert [(run["job"]["table_model"], run["job"]["seed"]) for run in runs] == [("hope", 0), ("lstm", 0), ("hope", 1)]
+    assert len([line for line in page.splitlines() if line.startswith(("| hope  ", "| lstm  "))]) >= 2
+    reproduce(table, replace(order, seeds=2, runs=tmp_path / "s"))
+    runs = json.loads((tmp_path / "x.json").read_text())["runs"]
+    assert sum(run["job"]["table_model"] == "lstm" for run in runs) == 2

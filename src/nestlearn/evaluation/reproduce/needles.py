@@ -21,7 +21,7 @@ def plan(scale: Scale) -> Plan:
         return Plan(columns=columns, size={**size, "dim": 16}, rates=(3e-3,), runs={**runs, **small}, seeds=1)
     if scale == "small":
         columns = {kind: _column(kind, n, LONGER, DIGITS.get(kind, 3), words=1024) for kind, n in KINDS.items()}
-        return Plan(columns=columns, size=size, rates=(1e-3, 3e-3), runs=runs, seeds=1)
+        return Plan(columns=columns, size=size, rates=(3e-3,), runs=runs, seeds=1)
     columns = {kind: _column(kind, 4096, (1, 2, 4), None, words=16384) for kind in KINDS}
     size |= {"dim": 1024, "depth": 12, "heads": 16, "chunk_size": 64}
     return Plan(columns=columns, size=size, rates=(4e-4,), runs={**runs, "steps": 20000, "batch_size": 64}, seeds=1)

@@ -53,12 +53,14 @@ def reproduce_tasks(table: Table, order: Order) -> str:
         ]
         tuning = run_jobs(train_on_task, jobs, order.runs / "records", processes=order.processes)
         rates = best_rates(tuning, table)
+    seeds = {model: order.seeds or table.seeds.get(model, plan.seeds) for model in models}
     jobs = [
         make_job(model, column, columns[column], configs[column][model], plan, order,
                  rates.get((model, column), plan.rates[0]), seed)
-        for seed in range(order.seeds or plan.seeds)
+        for seed in range(max(seeds.values()))
         for model in models
         for column in columns
+        if seed < seeds[model]
     ]  # fmt: skip
     records = run_jobs(train_on_task, jobs, order.runs / "records", processes=order.processes)
     figure = order.out.with_name(order.out.name + ".png")

@@ -84,6 +84,7 @@ class Table:
         score: what a number is: the fraction of sequences that are right as a whole, or of answers.
         plan: the table at a scale.
         paper: what the paper prints, by model and column; empty if it has no such table.
+        seeds: how many, of models that have others than the plan's number.
         average: whether the mean over the tasks is a column of its own.
         note: a sentence on the protocol.
     """
@@ -94,5 +95,6 @@ class Table:
     plan: Callable[[Scale], Plan]
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     paper: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
     average: bool = False
     note: str = ""
