@@ -52,7 +52,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "memorization": {"vocab_size": 2048},
 }
 STEPS: dict[str, dict[str, Any]] = {
-    "compression": {"steps": 1800, "batch_size": 64},
+    "compression": {"steps": 1200, "batch_size": 64},
     "in-context recall": {"steps": 400},
     "memorization": {"steps": 400, "batch_size": 128},
 }

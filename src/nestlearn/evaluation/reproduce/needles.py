@@ -13,7 +13,7 @@ DIGITS = {"single_3": 6}
 def plan(scale: Scale) -> Plan:
     """Word tokens and numbers of three digits; "paper" trains at 4,096 tokens and has RULER's seven digits."""
     runs = {"steps": 600, "batch_size": 16, "warmup": 50, "weight_decay": 0.1, "every": 50, "settled": 4}
-    runs |= {"test_sequences": 128, "test_batch": 16}
+    runs |= {"test_sequences": 100, "test_batch": 10}
     size = {"dim": 64, "depth": 2, "heads": 2, "cms_periods": [1], "cms_expansion": 2.0, "chunk_size": 16}
     if scale == "smoke":
         small = {"steps": 2, "every": 2, "test_sequences": 4, "test_batch": 4, "batch_size": 2}
