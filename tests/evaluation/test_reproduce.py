@@ -27,7 +27,7 @@ from nestlearn.evaluation.reproduce import (
     language_modeling,
     reproduce,
 )
-from nestlearn.evaluation.reproduce.models import table_models
+from nestlearn.evaluation.reproduce.models import state_floats, table_models
 from nestlearn.evaluation.reproduce.page import describe
 from nestlearn.evaluation.reproduce.runner import best_rates, make_job
 from nestlearn.evaluation.task_training import build_for_task
@@ -259,3 +259,15 @@ def test_models_may_have_more_seeds_than_others(tmp_path: Path) -> None:
     reproduce(table, replace(order, seeds=2, runs=tmp_path / "s"))
     runs = json.loads((tmp_path / "x.json").read_text())["runs"]
     assert sum(run["job"]["table_model"] == "lstm" for run in runs) == 2
+
+
+def test_what_a_model_carries_is_counted_without_snapshots_and_padding() -> None:
+    size = {"dim": 16, "depth": 2, "heads": 2, "conv_width": 4}
+    tail = 3 * 4 * 16  # of the convolutions of q, k, v and the gates
+    memory = 2 * 2 * 8 * 8  # one of both heads, two maps of 8 x 8
+    assert state_floats(size) == 2 * (3 * memory + 2 * memory // 4 + tail)
+    assert state_floats({**size, "momentum": True}) == 2 * (2 * (3 * memory + 2 * memory // 4) + tail)
+    assert state_floats({**size, "gate_hidden_ratio": 1.0, "adaptive_query": True}) == 2 * (6 * memory + tail)
+    assert state_floats({**size, "mixer": "delta_net"}) == 2 * (2 * 8 * 8 + 3 * 3 * 16)
+    assert state_floats({**size, "mixer": "plain_attention"}) is None
+    assert state_floats({"lstm": True, "dim": 5, "depth": 3}) == 30

@@ -9,6 +9,8 @@ import torch
 
 from nestlearn.evaluation.language_modeling import MODELS, model_config
 from nestlearn.evaluation.matching import count_parameters
+from nestlearn.memory.mlp import MLPMemory
+from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.models.lstm import LSTMLM
 
 NAMES = (*MODELS, "lstm")
@@ -47,6 +49,32 @@ def table_models(
         config = model_config(name, target=goal, vocab_size=vocab_size, **own).to_dict()
         found[name] = {key: value for key, value in config.items() if key != "vocab_size"}
     return found
+
+
+def state_floats(settings: Mapping[str, Any]) -> int | None:
+    """Numbers that a model carries from token to token, snapshots of memories apart; None if they grow with the tokens.
+
+    Args:
+        settings: as from `table_models`.
+    """
+    if settings.get("lstm"):
+        return 2 * int(settings["dim"]) * int(settings["depth"])
+    config = HopeConfig(**{**settings, "vocab_size": 2})
+    if config.mixer in ("attention", "plain_attention"):
+        return None
+    with torch.device("meta"):
+        model = HopeLM(config)
+        state = model.init_state(1)
+    count = sum(
+        tensor.numel() for name, tensor in state.items() if tensor.is_floating_point() and "snapshot" not in name
+    )
+    for module in model.modules():
+        if isinstance(module, MLPMemory):  # narrow memories stand in tensors as wide as the others'
+            padding = sum(max(module.hidden) - width for width in module.hidden)
+            copies = 2 if config.momentum and config.mixer == "self_modifying_titans" else 1
+            heads, key = module.inner.shape[0], module.inner.shape[-1]
+            count -= copies * 2 * heads * key * padding
+    return count
 
 
 def _lstm(vocab_size: int, depth: int, target: int) -> dict[str, Any]:

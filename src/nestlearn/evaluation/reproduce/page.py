@@ -9,6 +9,7 @@ from typing import Any
 
 from nestlearn.evaluation.jobs import Record
 from nestlearn.evaluation.report import markdown_table, mean_and_error, with_error
+from nestlearn.evaluation.reproduce.models import state_floats
 from nestlearn.evaluation.reproduce.table import Plan, Scale, Table
 from nestlearn.io import atomic_path
 
@@ -56,7 +57,11 @@ def _short_table(table: Table, records: Sequence[Record], columns: Sequence[str]
         own = [_of(records, model, name) for name in columns]
         cells = [" / ".join(_number(table, runs, test) for test in runs[0]["tests"]) if runs else None for runs in own]
         some = next(runs for runs in own if runs)
-        line: list[Any] = [model, _sizes([run for runs in own for run in runs]), len(some), *cells]
+        line: list[Any] = [model, _sizes([run for runs in own for run in runs])]
+        if table.state:
+            floats = state_floats(some[0]["job"]["model"])
+            line.append("grows" if floats is None else f"{floats:,}")
+        line += [len(some), *cells]
         printed = [table.paper.get(model, {}).get(name) for name in columns]
         if table.average:
             line.append(_average(table, own))
@@ -64,9 +69,10 @@ def _short_table(table: Table, records: Sequence[Record], columns: Sequence[str]
             printed.append(f"{statistics.fmean(known):.1f}" if len(known) == len(columns) else None)
         rows.append(line)
         if model in table.paper:
-            rows.append([f"{model}, paper", None, None, *printed])
+            rows.append([f"{model}, paper", *[None] * (2 + table.state), *printed])
     tests = " / ".join(_some(records, columns[0])["tests"])
-    page = markdown_table(["model", "parameters", "seeds", *columns, *["average"] * table.average], rows)
+    header = ["model", "parameters", *["state"] * table.state, "seeds", *columns, *["average"] * table.average]
+    page = markdown_table(header, rows)
     steps = [[model, *(_steps(_of(records, model, name)) for name in columns)] for model in _models(records)]
     spent = f"Steps taken, mean over seeds:\n\n{markdown_table(['model', *columns], steps)}"
     return (f"Each cell: {tests}.\n\n{page}" if "/" in tests else page) + f"\n\n{spent}"

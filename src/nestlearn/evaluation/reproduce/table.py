@@ -86,6 +86,7 @@ class Table:
         paper: what the paper prints, by model and column; empty if it has no such table.
         seeds: how many, of models that have others than the plan's number.
         average: whether the mean over the tasks is a column of its own.
+        state: whether the numbers that a model carries from token to token are a column.
         note: a sentence on the protocol.
     """
 
@@ -97,4 +98,5 @@ class Table:
     paper: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
     average: bool = False
+    state: bool = False
     note: str = ""
