@@ -1,0 +1,217 @@
+"""Reading that learns: the loop of Eq. 71 around a stacked model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.memory.adaptation import FastWeight, LearningRule, advance_levels
+from nestlearn.models.hope import HopeLM
+from nestlearn.models.stacking import Context, StackedModel
+
+
+class LevelMemory(NamedTuple):
+    """What the levels of a model have learnt, for each row on its own.
+
+    Attributes:
+        weights: by name; those of levels that learn.
+        tokens: how many each row has read, from which every level knows when it is due.
+    """
+
+    weights: Mapping[str, FastWeight]
+    tokens: int
+
+
+class Update(NamedTuple):
+    """A level changed.
+
+    Attributes:
+        level: its number, 0 the fastest.
+        tokens: read until then.
+        size: norm of each row's step over the level's weights, (B,).
+    """
+
+    level: int
+    tokens: int
+    size: Tensor
+
+
+class Reading(NamedTuple):
+    """What a call of `read` gives.
+
+    Attributes:
+        memory: afterwards.
+        nats: loss of each row, summed over its predicted tokens, with what was learnt before each segment, (B,).
+        predicted: tokens of a row that were predicted: all but the first.
+        updates: in their order.
+    """
+
+    memory: LevelMemory
+    nats: Tensor
+    predicted: int
+    updates: tuple[Update, ...]
+
+
+def read(
+    model: StackedModel,
+    tokens: Tensor,
+    memory: LevelMemory,
+    rules: Sequence[LearningRule],
+    *,
+    window: int = 1024,
+    nested: bool = False,
+    second_order: bool = False,
+) -> Reading:
+    """Reads tokens segment by segment, and lets every level that is due change (Eq. 71).
+
+    A segment ends where a level is due. The next-token loss of its own tokens, the first of which the segment before
+    predicts, gives every level the gradient for each row on its own; the loss at token t so depends on tokens up to t
+    alone. The call begins with an empty context and ends a segment, whose gradients wait in the memory.
+
+    A base with attention has a context of at most `window` tokens. When it is full, a new one begins with the last
+    half of it, read again with what is known by then; so tokens never stand further back than the window, and time
+    and memory for a token stay the same, however long the text.
+
+    Args:
+        model: stacked.
+        tokens: (B, T) int64.
+        memory: before. It is not changed.
+        rules: of the levels, from the fastest.
+        window: longest context of a base with attention, in tokens, at least 2.
+        nested: the "nested" variant of Eq. 72: a level returns to its initial weights when the next slower one changes.
+        second_order: keep the graph, so that the losses and the memory can be differentiated through all updates
+            (meta-learning of the initial weights). Otherwise nothing that comes out has a gradient.
+
+    Raises:
+        ValueError: for tokens of another shape than (B, T), a window below 2, or another number of rules than levels.
+    """
+    if tokens.ndim != 2 or not tokens.numel():
+        raise ValueError(f"tokens: expected (B, T) with at least one token, got shape {tuple(tokens.shape)}")
+    if window < 2:
+        raise ValueError(f"window: expected at least 2 tokens, got {window}")
+    if len(rules) != len(model.levels):
+        raise ValueError(f"rules: expected one for each of the {len(model.levels)} levels, got {len(rules)}")
+    levels = {level.period: (rule, level.weights) for level, rule in zip(model.levels, rules, strict=True)}
+    longest = tokens.shape[1] if _is_recurrent(model.base) else max(1, window // 2)
+    weights, context = dict(memory.weights), None
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    nats = torch.zeros(len(tokens), dtype=dtype, device=tokens.device)
+    updates: list[Update] = []
+    start, length = 0, tokens.shape[1]
+    with contextlib.nullcontext() if second_order else _without_gradients(model.base):
+        while start < length:
+            now = memory.tokens + start
+            stop = min(length, start + longest, start + min(period - now % period for period in levels))
+            fed, targets = tokens[:, max(start - 1, 0) : stop - 1], tokens[:, max(start, 1) : stop]
+            if fed.shape[1]:
+                context = _make_room(model, tokens, start, fed.shape[1], context, weights, window)
+                loss, weights, context = _learn(model, fed, targets, weights, context, second_order)
+                nats = nats + loss
+            before = weights
+            weights, due = advance_levels(weights, levels, memory.tokens + stop, nested=nested)
+            changed = [i for i, level in enumerate(model.levels) if level.period in due and rules[i].lr]
+            updates += [_update(model, i, memory.tokens + stop, before, weights) for i in changed]
+            start = stop
+    return Reading(LevelMemory(weights, memory.tokens + length), nats, length - 1, tuple(updates))
+
+
+def _learn(
+    model: StackedModel,
+    fed: Tensor,
+    targets: Tensor,
+    weights: dict[str, FastWeight],
+    context: Context | None,
+    second_order: bool,
+) -> tuple[Tensor, dict[str, FastWeight], Context]:
+    """Losses (B,) of a segment, the weights with its gradients, and the context after it."""
+    inputs: dict[str, Tensor] = {}
+    # Tensors of this segment alone: its gradient does not go on through what the context kept of earlier ones.
+    leaves = {
+        name: weight.change.clone() if weight.change.requires_grad else weight.change.detach().requires_grad_()
+        for name, weight in weights.items()
+    }
+    with torch.enable_grad() if leaves else contextlib.nullcontext():
+        read_as = {name: weight._replace(change=leaves[name]) for name, weight in weights.items()}
+        gram = any(weight.gram is not None for weight in weights.values())
+        logits, context = model(fed, read_as, context, seen=inputs.__setitem__ if gram else None)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        nats = losses.view(targets.shape).sum(1)
+        gradients = (
+            torch.autograd.grad(nats.sum(), list(leaves.values()), create_graph=second_order, retain_graph=second_order)
+            if leaves
+            else ()
+        )
+    if not second_order:
+        inputs = {name: x.detach() for name, x in inputs.items()}
+    found = {
+        name: weights[name].gathered(gradient, inputs.get(name))
+        for name, gradient in zip(leaves, gradients, strict=True)
+    }
+    return (nats if second_order else nats.detach()), found, context if second_order else _detached(context)
+
+
+def _make_room(
+    model: StackedModel,
+    tokens: Tensor,
+    start: int,
+    count: int,
+    context: Context | None,
+    weights: Mapping[str, FastWeight],
+    window: int,
+) -> Context | None:
+    """A context that has room for so many tokens: the same one, or a new one that read the last ones again."""
+    if context is None or _is_recurrent(model.base) or context.tokens + count <= window:
+        return context
+    kept = min(window // 2, window - count)
+    if kept < 1:
+        return None
+    first = max(start - 1, 0)  # the segment's own first input comes next
+    with torch.no_grad():
+        _, context = model(tokens[:, first - kept : first], weights)
+    return context
+
+
+def _is_recurrent(base: nn.Module) -> bool:
+    """Whether the state does not grow with the tokens."""
+    return isinstance(base, HopeLM) and base.config.mixer not in ("attention", "plain_attention")
+
+
+def _detached(context: Context) -> Context:
+    if isinstance(context.state, dict):
+        return context._replace(state={name: tensor.detach() for name, tensor in context.state.items()})
+    for layer in context.state.layers:  # a cache of Hugging Face, which is this context's own
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    return context
+
+
+def _update(
+    model: StackedModel,
+    number: int,
+    tokens: int,
+    before: Mapping[str, FastWeight],
+    after: Mapping[str, FastWeight],
+) -> Update:
+    names = model.levels[number].weights
+    with torch.no_grad():
+        square = sum((after[name].change - before[name].change).square().sum((1, 2)) for name in names)
+    assert isinstance(square, Tensor)
+    return Update(number, tokens, square.sqrt())
+
+
+@contextlib.contextmanager
+def _without_gradients(base: nn.Module) -> Iterator[Any]:
+    """While it lasts, no parameter takes part in a graph: only what learns in context does."""
+    parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
