@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,13 @@ from nestlearn.evaluation.jobs import JobsFailed, run_jobs
 
 def die(job):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def count_calls(job):
+    with open(job["out"], "a") as file:
+        file.write("called\n")
+    time.sleep(job["seconds"])
+    return {"done": True}
 
 
 def square(job):
@@ -55,3 +64,12 @@ def test_a_record_may_lie_elsewhere(tmp_path: Path) -> None:
 def test_a_process_that_is_killed_does_not_keep_others_waiting(tmp_path: Path) -> None:
     with pytest.raises(JobsFailed, match="its process, or one beside it, was killed"):
         run_jobs(die, [{"name": "a"}], tmp_path, processes=1)
+
+
+def test_two_commands_at_one_folder_do_a_job_once(tmp_path: Path) -> None:
+    job = {"name": "slow", "seconds": 1.0, "out": str(tmp_path / "count")}
+    with ThreadPoolExecutor(2) as both:
+        given = [both.submit(run_jobs, count_calls, [job], tmp_path / "records", processes=1) for _ in range(2)]
+        first, second = (each.result() for each in given)
+    assert first == second
+    assert (tmp_path / "count").read_text() == "called\n"

@@ -24,6 +24,7 @@ from nestlearn.evaluation.reproduce import (
     Scale,
     Table,
     ablation,
+    context_use,
     language_modeling,
     reproduce,
 )
@@ -250,7 +251,9 @@ def test_babilong_never_shows_a_story_of_one_side_on_another(data_dir: Path, mon
 
 
 def test_models_may_have_more_seeds_than_others(tmp_path: Path) -> None:
-    table = replace(TABLES["formal-languages"], seeds={"hope": 2, "lstm": 1})
+    table = TABLES["formal-languages"]
+    plan = replace(table.plan("smoke"), seeds=1, seeds_of={"hope": 2})
+    table = replace(table, plan=lambda scale: plan)
     order = Order(scale="smoke", runs=tmp_path / "r", out=tmp_path / "x", models=("hope", "lstm"), columns=("parity",))
     page = reproduce(table, order)
     runs = json.loads((tmp_path / "x.json").read_text())["runs"]
@@ -268,6 +271,23 @@ def test_what_a_model_carries_is_counted_without_snapshots_and_padding() -> None
     assert state_floats(size) == 2 * (3 * memory + 2 * memory // 4 + tail)
     assert state_floats({**size, "momentum": True}) == 2 * (2 * (3 * memory + 2 * memory // 4) + tail)
     assert state_floats({**size, "gate_hidden_ratio": 1.0, "adaptive_query": True}) == 2 * (6 * memory + tail)
+    wide = {**size, "mixer": "tnt"}
+    assert state_floats({**wide, "momentum": True}) - state_floats(wide) == 2 * (4 * memory + 2 * memory // 4)  # type: ignore[operator]
     assert state_floats({**size, "mixer": "delta_net"}) == 2 * (2 * 8 * 8 + 3 * 3 * 16)
     assert state_floats({**size, "mixer": "plain_attention"}) is None
     assert state_floats({"lstm": True, "dim": 5, "depth": 3}) == 30
+
+
+def test_losses_that_are_not_finite_leave_a_page() -> None:
+    plan = language_modeling.TABLE.plan("small")
+    marks = {"lambada": {"accuracy": 0.0, "bits": None}, "piqa": {"accuracy": 0.5, "normalised": 0.4, "chance": 0.5}}
+    assert "not finite" in language_modeling.page([trained("hope", 0, 2.0)], {"hope-0": marks}, plan)
+    fine = {"begin": 0, "end": 512, "bits": 2.0, "gain": 0.0, "error": 0.01}
+    records = [trained("hope", 0, 2.0), trained("titans", 0, 2.0)]
+    measured = {"hope-0": [fine, {**fine, "begin": 512, "end": 1024}], "titans-0": [fine, {**fine, "bits": None}]}
+    page = context_use.page(records, measured, plan)
+    assert "| hope " in page
+    assert "| titans " not in page
+    assert "Left out, for losses that were not finite: titans" in page
+    assert "at most 0.0100" in page
+    assert context_use.page(records[1:], {"titans-0": measured["titans-0"]}, plan) == "No model's loss was finite."

@@ -159,6 +159,10 @@ def test_static_projections_are_refused_where_they_cannot_be() -> None:
         build(static_projections=("query",))
     with pytest.raises(ValueError, match="static_projections: a memory stays as it is only where"):
         build(static_projections=("key",), retain_to="zero")
+    with pytest.raises(ValueError, match=r'static_projections: expected names, for example \("key",\)'):
+        build(static_projections="key")
+    with pytest.raises(ValueError, match="static_projections: expected each name once, got key, key"):
+        build(static_projections=("key", "key"))
 
 
 @pytest.mark.parametrize("adaptive_query", [False, True])

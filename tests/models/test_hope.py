@@ -390,6 +390,8 @@ def test_levels_are_named_and_ordered_by_frequency() -> None:
     for unit in ("token", "step"):
         periods = [level.period for level in levels if level.unit == unit]
         assert periods == sorted(periods)
+    slow = {level.name for level in build("tnt", static_projections=("key", "value", "rate", "retention")).levels()}
+    assert not any(name.endswith("projections") for name in slow)
     literal = {level.name: level.period for level in build("paper").levels()}
     assert literal["blocks.0.mixer.memory"] == 4  # reads of the snapshot change once a chunk
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.evaluation.report import finite_or_none
 from nestlearn.training.data import IGNORED, PackedTokens
 
 
@@ -32,8 +33,8 @@ class Stretch:
     error: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
+        """Plain JSON types; None where a number is not finite."""
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from nestlearn.io import atomic_write_text
 from nestlearn.training.process import prepare_process
@@ -36,7 +37,8 @@ def run_jobs(work: Callable[[Job], Record], jobs: Iterable[Job], folder: Path, *
     """Runs `work` on every job and returns the records in the order of the jobs.
 
     Each job names itself by "name"; its record is written to `folder/<name>.json` as soon as it is there, and a job
-    whose record exists is not run again: delete the file to repeat it. A job that fails does not stop the others.
+    whose record exists is not run again: delete the file to repeat it. A job that fails does not stop the others. Two
+    commands may share a folder: one waits for a job that the other is at.
 
     Args:
         work: a function at module level that takes a job and returns plain JSON types.
@@ -103,14 +105,18 @@ def _computed(job: Job) -> dict[str, Any]:
 def _run_one(work: Callable[[Job], Record], job: Job, folder: Path) -> str | None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare_process(threads=1)
-    started = time.monotonic()
-    origin = provenance()  # before the work: the code that is running, not what the folder holds hours later
-    try:
-        result = work(job)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    record = {"job": dict(job), **result, "seconds": round(time.monotonic() - started, 1), **origin}
-    atomic_write_text(folder / f"{job['name']}.json", json.dumps(record, indent=1))
+    # Another command may be at the same job: whoever comes second waits, and finds it done.
+    with FileLock(folder / f".{job['name']}.lock"):
+        if _is_done(job, folder):
+            return None
+        started = time.monotonic()
+        origin = provenance()  # before the work: the code that is running, not what the folder holds hours later
+        try:
+            result = work(job)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        record = {"job": dict(job), **result, "seconds": round(time.monotonic() - started, 1), **origin}
+        atomic_write_text(folder / f"{job['name']}.json", json.dumps(record, indent=1))
     return None
 
 

@@ -104,7 +104,7 @@ def train_one(job: Job) -> Record:
 
 def expanded(value: Any) -> Any:
     """A path with the environment's variables in it: jobs and records name no folder of this machine."""
-    return os.path.expandvars(value) if isinstance(value, str) else value
+    return os.path.expanduser(os.path.expandvars(value)) if isinstance(value, str) else value
 
 
 def try_rates(

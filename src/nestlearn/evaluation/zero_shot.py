@@ -132,7 +132,7 @@ def likelihoods(
 
 def ask(
     model: nn.Module, tokenizer: Tokenizer, questions: Sequence[Question], *, batch_size: int = 16
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Marks of a model on questions.
 
     Args:
@@ -140,9 +140,11 @@ def ask(
         questions: from `read_questions`.
 
     Returns:
-        "accuracy"; with one answer to a question also "bits", of it; with several "normalised", the accuracy by
+        "accuracy"; with one answer to a question also "bits", of it (None if they are not finite); with several "normalised", the accuracy by
         likelihood per character, and "chance".
     """
+    if not questions:
+        raise ValueError("questions: expected at least one, got none")
     pairs = [(question.prompt, answer) for question in questions for answer in question.answers]
     known = iter(likelihoods(model, tokenizer, pairs, batch_size=batch_size))
     scores = [[next(known) for _ in question.answers] for question in questions]
@@ -150,7 +152,7 @@ def ask(
     if all(len(question.answers) == 1 for question in questions):
         nats = -sum(likelihood.nats for (likelihood,) in scores) / count
         right = sum(likelihood.greedy for (likelihood,) in scores)
-        return {"accuracy": right / count, "bits": nats / math.log(2)}
+        return {"accuracy": right / count, "bits": nats / math.log(2) if math.isfinite(nats) else None}
     plain = normalised = chance = 0.0
     for question, row in zip(questions, scores, strict=True):
         whole = [likelihood.nats for likelihood in row]

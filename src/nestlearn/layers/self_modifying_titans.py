@@ -47,8 +47,12 @@ def check_static(static_projections: Sequence[str], retain_to: RetainTo) -> None
     Raises:
         ValueError: saying what was expected.
     """
+    if isinstance(static_projections, str):
+        raise ValueError(f'static_projections: expected names, for example ("{static_projections}",)')
     for name in static_projections:
         check_choice("static_projections", name, Projection)
+    if len(set(static_projections)) < len(static_projections):
+        raise ValueError(f"static_projections: expected each name once, got {', '.join(static_projections)}")
     if static_projections and retain_to != "initial":
         raise ValueError(
             f"static_projections: a memory stays as it is only where it decays to its initial state; with retain_to="

@@ -28,7 +28,7 @@ def triton_refusal(plan: WalkPlan, width: int) -> str | None:
         "adaptive_query": not plan.adaptive_query,
         "negative_eigenvalues": not plan.negative_eigenvalues,
         "detach_every": plan.detach_every is None,
-        "static_projections": len(set(plan.scales[:-1])) == 1,
+        "static_projections": len(set(plan.scales[:-1])) <= 1,
         "projection_chunk_size": plan.projection_chunk_size == plan.chunk_size,
     }
     unfit = [name for name, fit in fits.items() if not fit]

@@ -150,11 +150,11 @@ def write_mlp_token_(
         scales: the fraction of its error that each of the M memories writes.
     """
     count, memories, width = z.shape
-    factor = 1.0
+    unit = 1.0
     if bound is not None:
         # Both values are kept in units of the bound.
         value.div_(torch.linalg.vector_norm(value, dim=-1, keepdim=True).clamp_min_(bound))
-        factor = bound
+        unit = bound
     back = torch.bmm(value.view(-1, 1, value.shape[-1]), outer_at_snapshot).view(z.shape)
     image = torch.ops.aten.silu_backward(back, z)
     if bound is not None:
@@ -180,7 +180,7 @@ def write_mlp_token_(
             retain=retain,
             erase=strength if erase is write else None if erase is None else erase[:, own].reshape(-1, 1, 1),
             write=strength,
-            scale=factor,
+            scale=unit,
             reference=snapshot[i].view(shape) if rule == "delta" else None,
             momentum_state=None if momentum is None else momentum[i].view(shape),
             momentum=momentum_kept,

@@ -122,10 +122,9 @@ class HopeConfig:
     def __post_init__(self) -> None:
         if isinstance(self.cms_periods, int):
             raise ValueError(f"cms_periods: expected one period a level, for example ({self.cms_periods},)")
-        if isinstance(self.static_projections, str):
-            raise ValueError(f'static_projections: expected names, for example ("{self.static_projections}",)')
         if isinstance(self.local_chunk_sizes, int):
             raise ValueError(f"local_chunk_sizes: expected one size a memory, for example ({self.local_chunk_sizes},)")
+        check_static(self.static_projections, self.retain_to)
         for name in ("cms_periods", "local_chunk_sizes", "static_projections"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "dim", "depth", "heads", "conv_width", "chunk_size"):
@@ -155,7 +154,10 @@ class HopeConfig:
             ("backend", Backend),
         ):
             check_choice(name, getattr(self, name), choices)
-        check_static(self.static_projections, self.retain_to)
+        if self.static_projections and self.mixer not in ("self_modifying_titans", "tnt"):
+            raise ValueError(
+                f"static_projections: {self.mixer} has no memories of projections; choose self_modifying_titans or tnt"
+            )
         check_periods(self.cms_periods)
         if not round(self.dim * self.cms_expansion) >= 1:
             raise ValueError(f"cms_expansion: expected a positive number, got {self.cms_expansion}")

@@ -19,6 +19,7 @@ from nestlearn.layers import (
     SelfModifyingTitans,
     Titans,
 )
+from nestlearn.layers.self_modifying_titans import PROJECTIONS
 from nestlearn.levels import EVERY_READ, Level
 from nestlearn.memory.continuum import ContinuumMemory
 from nestlearn.models.config import HopeConfig
@@ -219,6 +220,7 @@ class HopeLM(nn.Module):
         other parameters in optimizer steps."""
         config = self.config
         levels = []
+        learning = config.adaptive_query or len(config.static_projections) < len(PROJECTIONS)
         for index in range(config.depth):
             name = f"blocks.{index}.mixer"
             if config.mixer in ("attention", "plain_attention"):
@@ -226,9 +228,10 @@ class HopeLM(nn.Module):
             elif config.mixer == "self_modifying_titans":
                 projection = config.projection_chunk_size or config.chunk_size
                 main = config.chunk_size if config.read == "chunk" else 1
-                levels += [Level(f"{name}.memory", main), Level(f"{name}.projections", projection)]
+                levels += [Level(f"{name}.memory", main), *[Level(f"{name}.projections", projection)] * learning]
             elif config.mixer == "tnt":
-                levels += [Level(f"{name}.{part}", config.global_chunk_size) for part in ("memory", "projections")]
+                size = config.global_chunk_size
+                levels += [Level(f"{name}.memory", size), *[Level(f"{name}.projections", size)] * learning]
                 for number, size in enumerate(config.local_chunk_sizes):
                     main = size if config.read == "chunk" else 1
                     levels.append(Level(f"{name}.local_memories.{number}.memory", main))

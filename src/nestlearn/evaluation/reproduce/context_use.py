@@ -23,8 +23,13 @@ MODELS: dict[str, Mapping[str, Any]] = {
 
 def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPlan) -> str:
     by_model = _by_model(records, measured)
+    if not by_model:
+        return "No model's loss was finite."
     some = next(iter(by_model.values()))[0]
     length = plan.runs["sequence_length"]
+    texts = max(stretch["error"] for runs in by_model.values() for stretches in runs for stretch in stretches)
+    lost = sorted({r["job"]["model"] for r in records} - set(by_model))
+    left_out = f" Left out, for losses that were not finite: {', '.join(lost)}." if lost else ""
     header = ["model", "seeds", *(f"{stretch['begin']:,}-{stretch['end']:,}" for stretch in some)]
     losses = [[name, len(runs), *(with_error(bits, 3) for bits in _over(runs, "bits"))] for name, runs in
               by_model.items()]  # fmt: skip
@@ -37,7 +42,8 @@ def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPla
         f"## What the longer context is worth\n\nBits per byte by which the loss is lower than that of the same model "
         f"on the same bytes with a context that begins anew every {length:,} bytes. Where it goes on growing, the "
         f"model uses what lies further back than all that it was trained on; where it is negative, the context does "
-        f"harm.\n\n"
+        f"harm. ± is over seeds, which all read the same windows; over windows the standard error of a gain is at most "
+        f"{texts:.4f}.{left_out}\n\n"
         f"{markdown_table([*header[:2], *header[3:]], gains)}\n\nThe paper prints no numbers for its Figure 10."
     )
 
@@ -49,6 +55,8 @@ def plot(records: Sequence[Record], measured: Mapping[str, Any], path: Path) -> 
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2)
     by_model = _by_model(records, measured)
+    if not by_model:
+        return
     for panel, key, title in zip(
         panels, ("bits", "gain"), ("bits per byte", "bits per byte gained by the longer context"), strict=True
     ):
@@ -75,8 +83,9 @@ def _by_model(records: Sequence[Record], measured: Mapping[str, Any]) -> dict[st
     """The stretches of every run, by model."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
     for record in records:
-        if record["job"]["name"] in measured:
-            found.setdefault(record["job"]["model"], []).append(measured[record["job"]["name"]])
+        stretches = measured.get(record["job"]["name"])
+        if stretches and all(value is not None for stretch in stretches for value in stretch.values()):
+            found.setdefault(record["job"]["model"], []).append(stretches)
     return found
 
 

@@ -40,11 +40,12 @@ def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPla
             continue
         chance = {name: 100 * run["chance"] for name, run in runs[0].items() if "chance" in run}
         lambada = [run["lambada"] for run in runs]
+        bits = [marks["bits"] for marks in lambada]
         rows.append(
             [
                 model,
                 len(runs),
-                with_error([marks["bits"] for marks in lambada], 2),
+                with_error(bits, 2) if None not in bits else "not finite",
                 with_error([100 * marks["accuracy"] for marks in lambada], 1),
                 *(with_error([100 * run[name]["accuracy"] for run in runs], 1) for name in chance),
                 *PAPER.get(model, (None,) * 5),
@@ -54,9 +55,9 @@ def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPla
     header = ["model", "seeds", "LAMBADA, bits of the word", "LAMBADA", *chance,
               *(f"paper: {name}" for name in ("Wiki ppl", "LMB ppl", "LMB", "PIQA", "ARC-e"))]  # fmt: skip
     return (
-        f"\n\n{comparison_table(records, 'hope')}\n\n## Zero-shot\n\nThe first {plan.measure['questions']:,} questions "
-        f"of each set, accuracies in per cent; by guessing: {guessing}. Models as small as these know no answers: what "
-        f"compares them is how many bits they need for the last word of a LAMBADA passage.\n\n"
+        f"\n\n{comparison_table(records, 'hope')}\n\n## Zero-shot\n\nAt most the first {plan.measure['questions']:,} "
+        f"questions of each set, accuracies in per cent; by guessing: {guessing}. Models as small as these know no "
+        f"answers: what compares them is how many bits they need for the last word of a LAMBADA passage.\n\n"
         f"{markdown_table(header, rows)}"
     )
 

@@ -71,7 +71,7 @@ def state_floats(settings: Mapping[str, Any]) -> int | None:
     for module in model.modules():
         if isinstance(module, MLPMemory):  # narrow memories stand in tensors as wide as the others'
             padding = sum(max(module.hidden) - width for width in module.hidden)
-            copies = 2 if config.momentum and config.mixer == "self_modifying_titans" else 1
+            copies = 2 if config.momentum and config.mixer in ("self_modifying_titans", "tnt") else 1
             heads, key = module.inner.shape[0], module.inner.shape[-1]
             count -= copies * 2 * heads * key * padding
     return count

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nestlearn.evaluation.context_use import loss_by_position
@@ -189,14 +190,16 @@ def reproduce_novels(table: NovelsTable, order: Order) -> str:
 
 
 def _measuring(job: Job, measure: str, plan: NovelsPlan) -> Job:
-    settings = {"sequence_length": plan.runs["sequence_length"], **plan.measure}
+    needed = ("questions",) if measure == "zero-shot" else ("window", "window_tokens")
+    settings = {"sequence_length": plan.runs["sequence_length"], **{name: plan.measure[name] for name in needed}}
     label = "-".join(str(value) for value in settings.values())
     return {"name": f"{job['name']}-{measure}-{label}", "folder": job["folder"], "measure": measure, **settings}
 
 
 def measure_one(job: Job) -> Record:
     """What a measure finds in the newest checkpoint of a folder."""
-    model, tokenizer = load_model(job["folder"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(job["folder"], device=device)
     return {"measured": MEASURES[job["measure"]](model, tokenizer, job)}
 
 
@@ -219,21 +222,22 @@ MEASURES: dict[str, Callable[[nn.Module, Tokenizer, Job], Any]] = {
 
 def _protocol(table: NovelsTable, plan: NovelsPlan, records: Sequence[Record], scale: Scale) -> str:
     runs, size = plan.runs, plan.size
+    threads = "One thread a run, " if runs.get("device", "cpu") == "cpu" else ""
     tokens = runs["steps"] * runs["batch_size"] * runs["sequence_length"]
-    seconds = [record["seconds"] for record in records]
+    seconds = [record["train"][-1]["seconds"] for record in records if record["train"]]
     chosen = f"learning rate {plan.rates[0]:g}"
     if len(plan.rates) > 1:
         tried = ", ".join(f"{rate:g}" for rate in plan.rates)
-        whose = "the best of Hope for all" if table.one_rate else "the best for each model"
+        whose = "the one that is best for Hope for all" if table.one_rate else "the best for each model"
         chosen = (
-            f"of the learning rates {tried} {whose}, after {plan.tune_steps:,} steps with a seed of its own on novels "
-            f"held out of the training side"
+            f"of the learning rates {tried} {whose}, after {plan.tune_steps:,} steps with a seed of its own, on a part "
+            f"of the training side"
         )
     return (
         f"Scale {scale}. Byte-level models of width {size['dim']}, {size['depth']} blocks and {size['heads']} heads "
         f"with equal numbers of parameters (by the width of the CMS levels), trained on {tokens:,} bytes of ELTeC's "
         f"English novels (batch {runs['batch_size']} x {runs['sequence_length']}, {runs['steps']:,} steps of AdamW, "
         f"warm-up and cosine), and evaluated on other novels; {chosen}. ± is the standard error over seeds, which fix "
-        f"initial weights and the order of the text; differences are between runs of the same seed. One thread a run, "
-        f"{sum(seconds) / 3600:.1f} core-hours of training in all, the longest run {max(seconds) / 60:.1f} minutes."
+        f"initial weights and the order of the text; differences are between runs of the same seed. {threads}"
+        f"{sum(seconds) / 3600:.1f} hours of training in all, the longest run {max(seconds) / 60:.1f} minutes."
     )

@@ -25,7 +25,7 @@ def describe(table: Table, plan: Plan, records: Sequence[Record], tuning: Sequen
     chosen = (
         f"for each model and task the best of the learning rates {rates}, tried with a seed of their own"
         if len(plan.rates) > 1
-        else f"learning rate {rates}"
+        else f"learning rate {rates} for all, no other was tried"
     )
     seconds = [record["seconds"] for record in (*records, *tuning)]
     looks = "1 look" if runs["settled"] == 1 else f"{runs['settled']} looks in a row"

@@ -55,5 +55,8 @@ TABLE = Table(
     state=True,
     score="accuracy",
     plan=plan,
-    note="Fresh sequences in every step.",
+    note=(
+        "Fresh sequences in every step. The state is what a model carries from token to token, without the snapshots that "
+        "chunks of 16 need beside it."
+    ),
 )

@@ -8,15 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nestlearn.evaluation.jobs import Job, Record, run_jobs
+from nestlearn.evaluation.language_modeling import TUNING_SEED
 from nestlearn.evaluation.report import write_report
 from nestlearn.evaluation.reproduce.models import table_models
 from nestlearn.evaluation.reproduce.page import describe, plot
 from nestlearn.evaluation.reproduce.table import Column, Order, Plan, Table
 from nestlearn.evaluation.task_training import train_on_task
 from nestlearn.evaluation.tasks import build_task
-
-# Seed of the runs that choose a learning rate; it takes no part in the table.
-TUNING_SEED = 1000
 
 
 def reproduce_tasks(table: Table, order: Order) -> str:
@@ -53,7 +51,7 @@ def reproduce_tasks(table: Table, order: Order) -> str:
         ]
         tuning = run_jobs(train_on_task, jobs, order.runs / "records", processes=order.processes)
         rates = best_rates(tuning, table)
-    seeds = {model: order.seeds or table.seeds.get(model, plan.seeds) for model in models}
+    seeds = {model: order.seeds or plan.seeds_of.get(model, plan.seeds) for model in models}
     jobs = [
         make_job(model, column, columns[column], configs[column][model], plan, order,
                  rates.get((model, column), plan.rates[0]), seed)

@@ -61,9 +61,11 @@ class Plan:
     Attributes:
         columns: by name.
         size: of the models: dim, depth, heads, and other settings of `HopeConfig`.
-        rates: learning rates; each model takes the best of them in each column, tried with a seed of its own.
+        rates: learning rates; each model takes the best of them in each column, tried with a seed of its own; a single one is
+            everybody's, untried.
         runs: steps, batch_size, warmup, weight_decay, every, settled, test_sequences and test_batch of `train_on_task`.
         seeds: how many by default.
+        seeds_of: how many, of models that have others than that.
     """
 
     columns: Mapping[str, Column]
@@ -71,6 +73,7 @@ class Plan:
     rates: tuple[float, ...]
     runs: Mapping[str, Any]
     seeds: int
+    seeds_of: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,6 @@ class Table:
         score: what a number is: the fraction of sequences that are right as a whole, or of answers.
         plan: the table at a scale.
         paper: what the paper prints, by model and column; empty if it has no such table.
-        seeds: how many, of models that have others than the plan's number.
         average: whether the mean over the tasks is a column of its own.
         state: whether the numbers that a model carries from token to token are a column.
         note: a sentence on the protocol.
@@ -96,7 +98,6 @@ class Table:
     plan: Callable[[Scale], Plan]
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     paper: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    seeds: Mapping[str, int] = field(default_factory=dict)
     average: bool = False
     state: bool = False
     note: str = ""
