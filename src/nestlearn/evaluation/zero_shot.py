@@ -140,8 +140,8 @@ def ask(
         questions: from `read_questions`.
 
     Returns:
-        "accuracy"; with one answer to a question also "bits", of it (None if they are not finite); with several "normalised", the accuracy by
-        likelihood per character, and "chance".
+        "accuracy"; with one answer to a question also "bits", of it, None if they are not finite; with several
+        "normalised", the accuracy by likelihood per character, and "chance".
     """
     if not questions:
         raise ValueError("questions: expected at least one, got none")

@@ -56,7 +56,7 @@ TABLE = Table(
     score="accuracy",
     plan=plan,
     note=(
-        "Fresh sequences in every step. The state is what a model carries from token to token, without the snapshots that "
-        "chunks of 16 need beside it."
+        "Fresh sequences in every step. The state is what a model carries from token to token, without the snapshots "
+        "that chunks of 16 need beside it."
     ),
 )

@@ -61,8 +61,8 @@ class Plan:
     Attributes:
         columns: by name.
         size: of the models: dim, depth, heads, and other settings of `HopeConfig`.
-        rates: learning rates; each model takes the best of them in each column, tried with a seed of its own; a single one is
-            everybody's, untried.
+        rates: learning rates; each model takes the best of them in each column, tried with a seed of its own. A single
+            one is everybody's, untried.
         runs: steps, batch_size, warmup, weight_decay, every, settled, test_sequences and test_batch of `train_on_task`.
         seeds: how many by default.
         seeds_of: how many, of models that have others than that.
