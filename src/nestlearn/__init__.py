@@ -1,7 +1,9 @@
 """nestlearn: Nested Learning in PyTorch. Models and optimizers whose parts learn at several speeds."""
 
+from nestlearn.continual import ContinualLearner
 from nestlearn.models import HopeConfig, HopeLM
+from nestlearn.models.stacking import stack_levels
 
 __version__ = "0.1.0"
 
-__all__ = ["HopeConfig", "HopeLM", "__version__"]
+__all__ = ["ContinualLearner", "HopeConfig", "HopeLM", "__version__", "stack_levels"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,8 @@ def read(
     window: int = 1024,
     nested: bool = False,
     second_order: bool = False,
+    learn: bool = True,
+    progress: Callable[[int, float], None] | None = None,
 ) -> Reading:
     """Reads tokens segment by segment, and lets every level that is due change (Eq. 71).
 
@@ -86,6 +88,8 @@ def read(
         nested: the "nested" variant of Eq. 72: a level returns to its initial weights when the next slower one changes.
         second_order: keep the graph, so that the losses and the memory can be differentiated through all updates
             (meta-learning of the initial weights). Otherwise nothing that comes out has a gradient.
+        learn: whether anything is learnt; otherwise the memory comes out as it went in, and time stands still.
+        progress: called after each segment with the tokens read so far, and their mean loss over rows in nats.
 
     Raises:
         ValueError: for tokens of another shape than (B, T), a window below 2, or another number of rules than levels.
@@ -110,14 +114,29 @@ def read(
             fed, targets = tokens[:, max(start - 1, 0) : stop - 1], tokens[:, max(start, 1) : stop]
             if fed.shape[1]:
                 context = _make_room(model, tokens, start, fed.shape[1], context, weights, window)
-                loss, weights, context = _learn(model, fed, targets, weights, context, second_order)
+                if learn:
+                    loss, weights, context = _learn(model, fed, targets, weights, context, second_order)
+                else:
+                    logits, context = model(fed, weights, context)
+                    loss = _losses(logits, targets)
                 nats = nats + loss
+            if progress is not None:
+                progress(stop, nats.detach().mean().item() / max(1, stop - 1))
+            start = stop
+            if not learn:
+                continue
             before = weights
             weights, due = advance_levels(weights, levels, memory.tokens + stop, nested=nested)
             changed = [i for i, level in enumerate(model.levels) if level.period in due and rules[i].lr]
             updates += [_update(model, i, memory.tokens + stop, before, weights) for i in changed]
-            start = stop
-    return Reading(LevelMemory(weights, memory.tokens + length), nats, length - 1, tuple(updates))
+    after = LevelMemory(weights, memory.tokens + length) if learn else memory
+    return Reading(after, nats, length - 1, tuple(updates))
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each row (B,), in fp32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(1)
 
 
 def _learn(
@@ -139,9 +158,7 @@ def _learn(
         read_as = {name: weight._replace(change=leaves[name]) for name, weight in weights.items()}
         gram = any(weight.gram is not None for weight in weights.values())
         logits, context = model(fed, read_as, context, seen=inputs.__setitem__ if gram else None)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        nats = losses.view(targets.shape).sum(1)
+        nats = _losses(logits, targets)
         gradients = (
             torch.autograd.grad(nats.sum(), list(leaves.values()), create_graph=second_order, retain_graph=second_order)
             if leaves

@@ -160,6 +160,19 @@ class StackedModel(nn.Module):
             for hook in hooks:
                 hook.remove()
 
+    def merged(self, weights: Weights, row: int) -> dict[str, Tensor]:
+        """The base's state dict with what a row has learnt in its weights."""
+        whole = dict(self.base.state_dict())
+        for name, weight in weights.items():
+            change = weight.change[row]
+            if self.rank is not None:
+                change = change @ self._projection(name, change).mT
+            if not isinstance(self._linears[name], nn.Linear):
+                change = change.mT
+            own = whole[f"{name}.weight"]
+            whole[f"{name}.weight"] = (own.to(change.dtype) + change).to(own.dtype)
+        return whole
+
     def _hook(
         self, name: str, weight: FastWeight, seen: Callable[[str, Tensor], None] | None
     ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

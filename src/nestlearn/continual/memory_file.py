@@ -1,0 +1,146 @@
+"""The file of what a learner learnt: changes, what waits for the next updates, and counts; never text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nestlearn.io import atomic_save_safetensors, load_safetensors, load_safetensors_metadata
+from nestlearn.memory.adaptation import FastWeight, LearningRule
+from nestlearn.models.in_context import LevelMemory
+from nestlearn.models.stacking import StackedModel
+
+FORMAT = "nestlearn-memory-1"
+
+
+class Learnt(NamedTuple):
+    """The content of a file.
+
+    Attributes:
+        memory: of the levels.
+        rules: by which they learn.
+        updates: how often each level has changed.
+    """
+
+    memory: LevelMemory
+    rules: tuple[LearningRule, ...]
+    updates: tuple[int, ...]
+
+
+def save_memory(
+    path: str | os.PathLike[str],
+    model: StackedModel,
+    memory: LevelMemory,
+    rules: Sequence[LearningRule],
+    updates: Sequence[int],
+) -> None:
+    """Writes a memory; the file is whole, or what it was before.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: if a value is not finite: such a memory is not worth an earlier file.
+    """
+    tensors = {
+        f"{name}.{field}": tensor
+        for name, weight in memory.weights.items()
+        for field, tensor in zip(FastWeight._fields, weight, strict=True)
+        if tensor is not None
+    }
+    broken = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+    if broken is not None:
+        raise ValueError(f"{broken} holds values that are not finite; {os.fspath(path)} was not written")
+    metadata = {
+        "format": FORMAT,
+        "fingerprint": fingerprint(model.base),
+        "base": type(model.base).__name__,
+        "levels": json.dumps(_levels(model)),
+        "rules": json.dumps([rule.to_dict() for rule in rules]),
+        "tokens": str(memory.tokens),
+        "updates": json.dumps(list(updates)),
+    }
+    atomic_save_safetensors(tensors, path, metadata)
+
+
+def load_memory(path: str | os.PathLike[str], model: StackedModel, *, device: torch.device) -> Learnt:
+    """Reads a memory for a model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is damaged, of a later version, of another base model or other levels, or
+            holds values that are not finite.
+    """
+    where = os.fspath(path)
+    metadata = load_safetensors_metadata(path)
+    kind = metadata.get("format", "")
+    if kind != FORMAT:
+        later = kind.startswith("nestlearn-memory-")
+        mend = "update nestlearn to read it" if later else "expected a file that ContinualLearner.save wrote"
+        raise ValueError(f"{where}: format {kind or 'unknown'}, this version reads {FORMAT}; {mend}")
+    try:
+        levels = json.loads(metadata["levels"])
+        rules = tuple(LearningRule(**rule) for rule in json.loads(metadata["rules"]))
+        updates = tuple(int(count) for count in json.loads(metadata["updates"]))
+        tokens, written_for = int(metadata["tokens"]), metadata["fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: its description is damaged ({error}); take another copy") from None
+    own = fingerprint(model.base)
+    if written_for != own:
+        raise ValueError(
+            f"{where}: learnt on another base model ({metadata.get('base')}, fingerprint {written_for}) than this "
+            f"{type(model.base).__name__} ({own}); load it with the model it was learnt on"
+        )
+    if levels != _levels(model):
+        raise ValueError(
+            f"{where}: has other levels than this model. It has periods {_periods(levels)}, rank {levels.get('rank')}; "
+            f"the model has {list(model.periods)}, rank {model.rank}; stack the model as it was stacked then"
+        )
+    if len(updates) != len(rules) or len(rules) != len(model.levels) or tokens < 0:
+        raise ValueError(f"{where}: its description is damaged (numbers of levels); take another copy")
+    tensors = load_safetensors(path, device=str(device))
+    rows = {tensor.shape[0] for tensor in tensors.values()}
+    fresh = model.fresh(next(iter(rows)), rules) if len(rows) == 1 else {}
+    expected = {
+        f"{name}.{field}": tensor
+        for name, weight in fresh.items()
+        for field, tensor in zip(FastWeight._fields, weight, strict=True)
+        if tensor is not None
+    }
+    for name in sorted(set(expected) | set(tensors)):
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
+            raise ValueError(f"{where}: {name} is missing, too many or of another shape; take another copy")
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise ValueError(f"{where}: {name} holds values that are not finite; take an earlier copy")
+    weights = {
+        name: FastWeight(*(tensors.get(f"{name}.{field}") for field in FastWeight._fields))  # type: ignore[arg-type]
+        for name in fresh
+    }
+    return Learnt(LevelMemory(weights, tokens), rules, updates)
+
+
+def fingerprint(base: nn.Module) -> str:
+    """A digest of a model's weights: names, types, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(base.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _levels(model: StackedModel) -> dict[str, Any]:
+    return {
+        "rank": model.rank,
+        "levels": [
+            {"period": level.period, "blocks": list(level.blocks), "weights": list(level.weights)}
+            for level in model.levels
+        ],
+    }
+
+
+def _periods(levels: Mapping[str, Any]) -> list[Any]:
+    return [level.get("period") for level in levels.get("levels", ())]
