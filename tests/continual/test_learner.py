@@ -284,6 +284,23 @@ def test_what_cannot_be_read_is_refused() -> None:
     assert given.memory.tokens == 1
 
 
+def test_an_interrupted_learner_keeps_what_it_learnt_and_can_take_it_back() -> None:
+    given, other = learner(lr=0.3), learner(lr=0.3)
+
+    def stop(tokens: int, _: float) -> None:
+        if tokens == 32:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        given.observe(TEXT, progress=stop)
+    other.observe(TEXT[:32])
+    assert given.memory.tokens == 32
+    assert given.updates == other.updates == (2, 0)
+    assert torch.equal(logits(given), logits(other))
+    given.undo()
+    assert given.memory.tokens == 0
+
+
 def test_progress_is_told_of_every_segment() -> None:
     given, seen = learner(), []
     given.observe(TEXT[:50], progress=lambda tokens, loss: seen.append((tokens, loss)))

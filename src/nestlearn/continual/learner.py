@@ -18,7 +18,7 @@ from nestlearn.continual.memory_file import load_memory, save_memory
 from nestlearn.memory.adaptation import LearningRule, Rule
 from nestlearn.models.generation import Sampling, generate
 from nestlearn.models.hope import HopeLM
-from nestlearn.models.in_context import LevelMemory, read
+from nestlearn.models.in_context import LevelMemory, read, segments
 from nestlearn.models.stacking import StackedModel
 from nestlearn.training.checkpoint import checkpoint_path, save_checkpoint
 
@@ -109,7 +109,7 @@ class ContinualLearner:
         """Reads a text and learns from it.
 
         It begins with an empty attention context, and levels change when they are due; what has been gathered for
-        levels that are not waits for the next text.
+        levels that are not waits for the next text. Interrupted (Ctrl-C), it keeps what it learnt until then.
 
         Args:
             text: a text, or ids (T,) or (B, T), one row for each row of the learner. A learner that has read nothing
@@ -128,19 +128,26 @@ class ContinualLearner:
                     "rows; every row learns on its own, so give as many, or make another learner"
                 )
             memory = LevelMemory(self.model.fresh(len(tokens), self.rules), 0)
-        started = time.perf_counter()
-        found = read(self.model, tokens, memory, self.rules, window=self.window, nested=self.nested, progress=progress)
-        seconds = time.perf_counter() - started
-        sizes = [[u.size.mean().item() for u in found.updates if u.level == i] for i in range(len(self.updates))]
-        self._before = (self.memory, self.updates)
-        self.memory = found.memory
-        self.updates = tuple(count + len(own) for count, own in zip(self.updates, sizes, strict=True))
+        before = (self.memory, self.updates)
+        counts, sizes = [0] * len(self.rules), [0.0] * len(self.rules)
+        nats, predicted, done, started = 0.0, 0, 0, time.perf_counter()
+        parts = segments(self.model, tokens, memory, self.rules, window=self.window, nested=self.nested)
+        for part in parts:
+            nats, predicted, done = nats + part.nats.mean().item(), predicted + part.predicted, done + part.tokens
+            for update in part.updates:
+                counts[update.level] += 1
+                sizes[update.level] += update.size.mean().item()
+            # Segment by segment, so that whoever is interrupted keeps what was learnt until then.
+            self.memory, self._before = part.memory, before
+            self.updates = tuple(old + new for old, new in zip(before[1], counts, strict=True))
+            if progress is not None:
+                progress(done, nats / max(predicted, 1))
         return Observation(
-            loss=found.nats.mean().item() / found.predicted if found.predicted else math.nan,
-            tokens=tokens.shape[1],
-            seconds=seconds,
-            updates=tuple(map(len, sizes)),
-            sizes=tuple(sum(own) / len(own) if own else 0.0 for own in sizes),
+            loss=nats / predicted if predicted else math.nan,
+            tokens=done,
+            seconds=time.perf_counter() - started,
+            updates=tuple(counts),
+            sizes=tuple(size / max(count, 1) for size, count in zip(sizes, counts, strict=True)),
         )
 
     def undo(self) -> None:

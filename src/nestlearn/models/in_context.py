@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,22 +42,38 @@ class Update(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a call of `read` gives.
+    """What came of reading.
 
     Attributes:
         memory: afterwards.
         nats: loss of each row, summed over its predicted tokens, with what was learnt before each segment, (B,).
-        predicted: tokens of a row that were predicted: all but the first.
+        predicted: tokens of a row that were predicted; the first of a call is not.
+        tokens: of a row.
         updates: in their order.
     """
 
     memory: LevelMemory
     nats: Tensor
     predicted: int
+    tokens: int
     updates: tuple[Update, ...]
 
 
 def read(
+    model: StackedModel, tokens: Tensor, memory: LevelMemory, rules: Sequence[LearningRule], **settings: Any
+) -> Reading:
+    """Reads tokens and lets every level that is due change (Eq. 71): all `segments` at once, with their settings."""
+    parts = list(segments(model, tokens, memory, rules, **settings))
+    return Reading(
+        parts[-1].memory,
+        torch.stack([part.nats for part in parts]).sum(0),
+        sum(part.predicted for part in parts),
+        tokens.shape[1],
+        tuple(update for part in parts for update in part.updates),
+    )
+
+
+def segments(
     model: StackedModel,
     tokens: Tensor,
     memory: LevelMemory,
@@ -67,8 +83,7 @@ def read(
     nested: bool = False,
     second_order: bool = False,
     learn: bool = True,
-    progress: Callable[[int, float], None] | None = None,
-) -> Reading:
+) -> Iterator[Reading]:
     """Reads tokens segment by segment, and lets every level that is due change (Eq. 71).
 
     A segment ends where a level is due. The next-token loss of its own tokens, the first of which the segment before
@@ -89,7 +104,9 @@ def read(
         second_order: keep the graph, so that the losses and the memory can be differentiated through all updates
             (meta-learning of the initial weights). Otherwise nothing that comes out has a gradient.
         learn: whether anything is learnt; otherwise the memory comes out as it went in, and time stands still.
-        progress: called after each segment with the tokens read so far, and their mean loss over rows in nats.
+
+    Yields:
+        what came of each segment.
 
     Raises:
         ValueError: for tokens of another shape than (B, T), a window below 2, or another number of rules than levels.
@@ -102,35 +119,32 @@ def read(
         raise ValueError(f"rules: expected one for each of the {len(model.levels)} levels, got {len(rules)}")
     levels = {level.period: (rule, level.weights) for level, rule in zip(model.levels, rules, strict=True)}
     longest = tokens.shape[1] if _is_recurrent(model.base) else max(1, window // 2)
-    weights, context = dict(memory.weights), None
+    context = None
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    nats = torch.zeros(len(tokens), dtype=dtype, device=tokens.device)
-    updates: list[Update] = []
     start, length = 0, tokens.shape[1]
-    with contextlib.nullcontext() if second_order else _without_gradients(model.base):
-        while start < length:
-            now = memory.tokens + start
-            stop = min(length, start + longest, start + min(period - now % period for period in levels))
-            fed, targets = tokens[:, max(start - 1, 0) : stop - 1], tokens[:, max(start, 1) : stop]
+    while start < length:
+        now = memory.tokens if learn else start
+        stop = min(length, start + longest, start + min(period - now % period for period in levels))
+        fed, targets = tokens[:, max(start - 1, 0) : stop - 1], tokens[:, max(start, 1) : stop]
+        weights = dict(memory.weights)
+        nats = torch.zeros(len(tokens), dtype=dtype, device=tokens.device)
+        updates: list[Update] = []
+        with contextlib.nullcontext() if second_order else _without_gradients(model.base):
             if fed.shape[1]:
                 context = _make_room(model, tokens, start, fed.shape[1], context, weights, window)
                 if learn:
-                    loss, weights, context = _learn(model, fed, targets, weights, context, second_order)
+                    nats, weights, context = _learn(model, fed, targets, weights, context, second_order)
                 else:
                     logits, context = model(fed, weights, context)
-                    loss = _losses(logits, targets)
-                nats = nats + loss
-            if progress is not None:
-                progress(stop, nats.detach().mean().item() / max(1, stop - 1))
-            start = stop
-            if not learn:
-                continue
-            before = weights
-            weights, due = advance_levels(weights, levels, memory.tokens + stop, nested=nested)
-            changed = [i for i, level in enumerate(model.levels) if level.period in due and rules[i].lr]
-            updates += [_update(model, i, memory.tokens + stop, before, weights) for i in changed]
-    after = LevelMemory(weights, memory.tokens + length) if learn else memory
-    return Reading(after, nats, length - 1, tuple(updates))
+                    nats = _losses(logits, targets)
+            if learn:
+                before, time = weights, memory.tokens + stop - start
+                weights, due = advance_levels(weights, levels, time, nested=nested)
+                changed = [i for i, level in enumerate(model.levels) if level.period in due and rules[i].lr]
+                updates = [_update(model, i, time, before, weights) for i in changed]
+                memory = LevelMemory(weights, time)
+        yield Reading(memory, nats, fed.shape[1], stop - start, tuple(updates))
+        start = stop
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
