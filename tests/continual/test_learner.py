@@ -116,6 +116,21 @@ def test_a_file_goes_on_exactly_in_mid_period(rule: Any, tmp_path: Path) -> None
             assert (a is None and b is None) or torch.equal(a, b)  # type: ignore[arg-type]
 
 
+def test_a_learner_goes_on_with_the_levels_that_a_file_names(tmp_path: Path) -> None:
+    given = ContinualLearner(stack_levels(base("hope"), (8, 24, 72), rank=3, notice=None), BYTES, lr=[0.3, 0.2, 0.1])
+    given.observe(TEXT)
+    given.save(tmp_path / "m.safetensors")
+    other = ContinualLearner.resume(tmp_path / "m.safetensors", base("hope"), BYTES)
+    assert other.model.periods == (8, 24, 72)
+    assert other.rules == given.rules
+    assert torch.equal(logits(given), logits(other))
+    assert given.observe(TEXT).loss == other.observe(TEXT).loss
+    with pytest.raises(ValueError, match="another base model"):
+        ContinualLearner.resume(tmp_path / "m.safetensors", base("hope", seed=1))
+    with pytest.raises(ValueError, match="another base model"):
+        ContinualLearner.resume(tmp_path / "m.safetensors", base("llama"))
+
+
 def test_a_new_process_gives_the_same_logits(tmp_path: Path) -> None:
     given = learner("gpt2", lr=0.3)
     given.observe(TEXT)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nestlearn.continual.memory_file import load_memory, save_memory
+from nestlearn.continual.memory_file import describe_memory, load_memory, save_memory
 from nestlearn.memory.adaptation import LearningRule, Rule
 from nestlearn.models.generation import Sampling, generate
 from nestlearn.models.hope import HopeLM
@@ -97,6 +97,32 @@ class ContinualLearner:
         self.memory = LevelMemory(model.fresh(1, self.rules), 0)
         self.updates = (0,) * len(model.levels)
         self._before: tuple[LevelMemory, tuple[int, ...]] | None = None
+
+    @classmethod
+    def resume(
+        cls, path: str | os.PathLike[str], base: nn.Module, tokenizer: Any = None, **settings: Any
+    ) -> ContinualLearner:
+        """A learner that goes on with a file, with the levels and rules that it names.
+
+        Args:
+            path: from `save`.
+            base: the model it was learnt on, not stacked.
+            tokenizer: of the base.
+            settings: window and nested.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load`.
+        """
+        found = describe_memory(path)
+        known = dict(base.named_modules())
+        missing = [name for level in found.levels for name in level.weights if name not in known]
+        if missing:
+            raise ValueError(
+                f"{os.fspath(path)}: learnt on another base model ({found.base}); this one has no {missing[0]}"
+            )
+        learner = cls(StackedModel(base, found.levels, rank=found.rank), tokenizer, lr=0.0, **settings)
+        learner.load(path)
+        return learner
 
     @property
     def rows(self) -> int:

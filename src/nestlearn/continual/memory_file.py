@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from nestlearn.io import atomic_save_safetensors, load_safetensors, load_safetensors_metadata
 from nestlearn.memory.adaptation import FastWeight, LearningRule
 from nestlearn.models.in_context import LevelMemory
-from nestlearn.models.stacking import StackedModel
+from nestlearn.models.stacking import StackedLevel, StackedModel
 
 FORMAT = "nestlearn-memory-1"
 
@@ -67,13 +67,24 @@ def save_memory(
     atomic_save_safetensors(tensors, path, metadata)
 
 
-def load_memory(path: str | os.PathLike[str], model: StackedModel, *, device: torch.device) -> Learnt:
-    """Reads a memory for a model.
+class Description(NamedTuple):
+    """What a file says of itself."""
+
+    fingerprint: str
+    base: str
+    levels: tuple[StackedLevel, ...]
+    rank: int | None
+    rules: tuple[LearningRule, ...]
+    updates: tuple[int, ...]
+    tokens: int
+
+
+def describe_memory(path: str | os.PathLike[str]) -> Description:
+    """What a file is, without its tensors.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is damaged, of a later version, of another base model or other levels, or
-            holds values that are not finite.
+        ValueError: naming the file, if it is damaged, of a later version or of another kind.
     """
     where = os.fspath(path)
     metadata = load_safetensors_metadata(path)
@@ -83,28 +94,51 @@ def load_memory(path: str | os.PathLike[str], model: StackedModel, *, device: to
         mend = "update nestlearn to read it" if later else "expected a file that ContinualLearner.save wrote"
         raise ValueError(f"{where}: format {kind or 'unknown'}, this version reads {FORMAT}; {mend}")
     try:
-        levels = json.loads(metadata["levels"])
-        rules = tuple(LearningRule(**rule) for rule in json.loads(metadata["rules"]))
-        updates = tuple(int(count) for count in json.loads(metadata["updates"]))
-        tokens, written_for = int(metadata["tokens"]), metadata["fingerprint"]
+        stack = json.loads(metadata["levels"])
+        found = Description(
+            metadata["fingerprint"],
+            metadata["base"],
+            tuple(
+                StackedLevel(period=level["period"], blocks=tuple(level["blocks"]), weights=tuple(level["weights"]))
+                for level in stack["levels"]
+            ),
+            stack["rank"],
+            tuple(LearningRule(**rule) for rule in json.loads(metadata["rules"])),
+            tuple(int(count) for count in json.loads(metadata["updates"])),
+            int(metadata["tokens"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: its description is damaged ({error}); take another copy") from None
+    if not len(found.updates) == len(found.rules) == len(found.levels) or found.tokens < 0:
+        raise ValueError(f"{where}: its description is damaged (numbers of levels); take another copy")
+    return found
+
+
+def load_memory(path: str | os.PathLike[str], model: StackedModel, *, device: torch.device) -> Learnt:
+    """Reads a memory for a model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is damaged, of a later version, of another base model or other levels, or
+            holds values that are not finite.
+    """
+    where = os.fspath(path)
+    found = describe_memory(path)
     own = fingerprint(model.base)
-    if written_for != own:
+    if found.fingerprint != own:
         raise ValueError(
-            f"{where}: learnt on another base model ({metadata.get('base')}, fingerprint {written_for}) than this "
+            f"{where}: learnt on another base model ({found.base}, fingerprint {found.fingerprint}) than this "
             f"{type(model.base).__name__} ({own}); load it with the model it was learnt on"
         )
-    if levels != _levels(model):
+    if (found.levels, found.rank) != (model.levels, model.rank):
         raise ValueError(
-            f"{where}: has other levels than this model. It has periods {_periods(levels)}, rank {levels.get('rank')}; "
-            f"the model has {list(model.periods)}, rank {model.rank}; stack the model as it was stacked then"
+            f"{where}: has other levels than this model. It has periods {[level.period for level in found.levels]}, "
+            f"rank {found.rank}; the model has {list(model.periods)}, rank {model.rank}; stack the model as it was "
+            f"stacked then"
         )
-    if len(updates) != len(rules) or len(rules) != len(model.levels) or tokens < 0:
-        raise ValueError(f"{where}: its description is damaged (numbers of levels); take another copy")
     tensors = load_safetensors(path, device=str(device))
     rows = {tensor.shape[0] for tensor in tensors.values()}
-    fresh = model.fresh(next(iter(rows)), rules) if len(rows) == 1 else {}
+    fresh = model.fresh(next(iter(rows)), found.rules) if len(rows) == 1 else {}
     expected = {
         f"{name}.{field}": tensor
         for name, weight in fresh.items()
@@ -120,7 +154,7 @@ def load_memory(path: str | os.PathLike[str], model: StackedModel, *, device: to
         name: FastWeight(*(tensors.get(f"{name}.{field}") for field in FastWeight._fields))  # type: ignore[arg-type]
         for name in fresh
     }
-    return Learnt(LevelMemory(weights, tokens), rules, updates)
+    return Learnt(LevelMemory(weights, found.tokens), found.rules, found.updates)
 
 
 def fingerprint(base: nn.Module) -> str:
@@ -140,7 +174,3 @@ def _levels(model: StackedModel) -> dict[str, Any]:
             for level in model.levels
         ],
     }
-
-
-def _periods(levels: Mapping[str, Any]) -> list[Any]:
-    return [level.get("period") for level in levels.get("levels", ())]
