@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from nestlearn.cli import benchmarking, demonstration, generation, inspection, learning, reproduction
+from nestlearn.cli import (
+    adaptation,
+    benchmarking,
+    conversation,
+    demonstration,
+    generation,
+    inspection,
+    learning,
+    reproduction,
+)
 from nestlearn.cli.shared import show_version
 
 app = typer.Typer(
@@ -30,6 +39,9 @@ app.command("demo")(demonstration.demo)
 app.command("train")(learning.train)
 app.command("eval")(learning.evaluate)
 app.command("generate")(generation.generate)
+app.command("stack")(adaptation.stack)
+app.command("learn")(adaptation.learn)
+app.command("chat")(conversation.chat)
 app.command("inspect")(inspection.inspect)
 app.command("reproduce")(reproduction.reproduce_table)
 bench = typer.Typer(help="Measure speed. Run it on a quiet machine.", no_args_is_help=True)

@@ -22,6 +22,8 @@ class TrainingProgress:
         lines_every: Seconds between two lines where there is no terminal.
         silent: Show nothing (all processes but the first).
         stream: Where to write; standard error by default.
+        doing: What the bar is labelled with.
+        unit: What is counted.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class TrainingProgress:
         lines_every: float = 5.0,
         silent: bool = False,
         stream: TextIO | None = None,
+        doing: str = "training",
+        unit: str = "step",
     ) -> None:
         self._total, self._done, self._start_step = total, done, done
-        self._lines_every, self._silent = lines_every, silent
+        self._lines_every, self._silent, self._unit = lines_every, silent, unit
         self._stream = stream if stream is not None else sys.stderr
         self._begin = time.perf_counter()
         self._last_line = -float("inf")
@@ -42,13 +46,13 @@ class TrainingProgress:
         self._task: TaskID | None = None
         if not silent and self._stream.isatty():
             self._bar = Progress(
-                TextColumn("training"),
+                TextColumn(doing),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
                 console=Console(file=self._stream),
             )
-            self._task = self._bar.add_task("training", total=total, completed=done, text="")
+            self._task = self._bar.add_task(doing, total=total, completed=done, text="")
 
     def __enter__(self) -> TrainingProgress:
         if self._bar is not None:
@@ -62,7 +66,7 @@ class TrainingProgress:
             self._bar.stop()
 
     def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        """Step `step` is done. `loss` in nats per token."""
+        """So much is done. `loss` in nats per token."""
         if self._silent:
             return
         self._done = step
@@ -72,7 +76,7 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, text=text)
         elif time.perf_counter() - self._last_line >= self._lines_every or step == self._total:
             self._last_line = time.perf_counter()
-            print(f"step {step:,}/{self._total:,}  {text}", file=self._stream, flush=True)
+            print(f"{self._unit} {step:,}/{self._total:,}  {text}", file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
         """A line of its own above the bar."""
