@@ -124,7 +124,7 @@ def segments(
     start, length = 0, tokens.shape[1]
     while start < length:
         now = memory.tokens if learn else start
-        stop = min(length, start + longest, start + min(period - now % period for period in levels))
+        stop = min(length, start + longest, start + min((period - now % period for period in levels), default=length))
         fed, targets = tokens[:, max(start - 1, 0) : stop - 1], tokens[:, max(start, 1) : stop]
         weights = dict(memory.weights)
         nats = torch.zeros(len(tokens), dtype=dtype, device=tokens.device)

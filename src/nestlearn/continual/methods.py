@@ -1,0 +1,265 @@
+"""Ways to go on learning, side by side: levels in context and what they are compared to, on one interface."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.continual.learner import ContinualLearner
+from nestlearn.memory.adaptation import LearningRule
+from nestlearn.models.in_context import LevelMemory, read
+from nestlearn.models.stacking import StackedModel
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Method(ABC):
+    """Reads texts one after another and learns from them; can say at any time how well it knows another."""
+
+    @abstractmethod
+    def observe(self, tokens: Tensor) -> None:
+        """Learns from a text, ids (T,), read once."""
+
+    @abstractmethod
+    def loss(self, tokens: Tensor) -> float:
+        """Nats per predicted token of a text, ids (T,), from which nothing is learnt."""
+
+    def end_domain(self) -> None:
+        """A domain has ended. Only methods that must be told do anything; levels need not know."""
+        return
+
+
+class Levels(Method):
+    """Level stacking: `ContinualLearner`."""
+
+    def __init__(self, learner: ContinualLearner) -> None:
+        self.learner = learner
+
+    def observe(self, tokens: Tensor) -> None:
+        self.learner.observe(tokens)
+
+    def loss(self, tokens: Tensor) -> float:
+        return self.learner.loss(tokens)
+
+
+class Frozen(Method):
+    """The base model as it is.
+
+    Args:
+        base: causal language model.
+        window: longest context in tokens.
+    """
+
+    def __init__(self, base: nn.Module, *, window: int) -> None:
+        self.reader = StackedModel(base, ())
+        self.window = window
+
+    def observe(self, tokens: Tensor) -> None:
+        pass
+
+    def loss(self, tokens: Tensor) -> float:
+        return _read_loss(self.reader, tokens, self.window)
+
+
+class InContext(Frozen):
+    """The base model with the last half window of all that was read before the text, and no other memory."""
+
+    def __init__(self, base: nn.Module, *, window: int) -> None:
+        super().__init__(base, window=window)
+        self.recent = torch.zeros(0, dtype=torch.long)
+
+    def observe(self, tokens: Tensor) -> None:
+        self.recent = torch.cat([self.recent, tokens])[-(self.window // 2) :]
+
+    @torch.no_grad()
+    def loss(self, tokens: Tensor) -> float:
+        total, count, step = 0.0, 0, self.window - len(self.recent)
+        device = next(self.reader.parameters()).device
+        for start in range(0, len(tokens) - 1, step):
+            piece = tokens[start : start + step + 1]
+            before = torch.cat([self.recent, piece[:-1]])[None].to(device)
+            logits = self.reader(before)[0][0, len(self.recent) :]
+            total += float(F.cross_entropy(logits.float(), piece[1:].to(device), reduction="sum"))
+            count += len(piece) - 1
+        return total / count
+
+
+class FineTuning(Method):
+    """An optimizer step on the mean loss of every `segment` tokens, on all weights of a copy of the base.
+
+    Args:
+        base: causal language model.
+        optimizer: makes an optimizer of parameters.
+        segment: tokens of a step; its context is the segment alone.
+        window: longest context when a text is only asked about.
+    """
+
+    def __init__(
+        self, base: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer], *, segment: int, window: int
+    ) -> None:
+        self.model = self.prepare(copy.deepcopy(base))
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = optimizer(self.trained)
+        self.reader = StackedModel(self.model, ())
+        self.segment, self.window = segment, window
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The copy of the base that is trained."""
+        return model.eval().requires_grad_(True)
+
+    def observe(self, tokens: Tensor) -> None:
+        for piece in pieces(tokens, self.segment):
+            self.optimizer.zero_grad()
+            self.objective(piece).backward()
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            self.optimizer.step()
+
+    def objective(self, piece: Tensor) -> Tensor:
+        """What a step descends on."""
+        return self.mean_loss(piece)
+
+    def mean_loss(self, piece: Tensor) -> Tensor:
+        """Nats per predicted token of ids (T,), with a gradient."""
+        piece = piece.to(next(self.model.parameters()).device)
+        logits = self.reader(piece[None, :-1])[0][0]
+        return F.cross_entropy(logits.float(), piece[1:])
+
+    def loss(self, tokens: Tensor) -> float:
+        return _read_loss(self.reader, tokens, self.window)
+
+
+class EWC(FineTuning):
+    """Fine-tuning that is held where earlier domains need it (Kirkpatrick et al., 1612.00796).
+
+    At the end of a domain the diagonal of the Fisher information, the mean square of the gradients of its segments'
+    mean losses (the empirical one), is added to that of earlier domains, around the weights of that moment.
+
+    Args:
+        strength: of the penalty strength / 2 sum F (w - w*)^2.
+    """
+
+    def __init__(self, base: nn.Module, optimizer: Any, *, strength: float, segment: int, window: int) -> None:
+        super().__init__(base, optimizer, segment=segment, window=window)
+        self.strength = strength
+        self.fisher = [torch.zeros_like(parameter) for parameter in self.trained]
+        self.anchor = [parameter.detach().clone() for parameter in self.trained]
+        self._read: list[Tensor] = []
+
+    def observe(self, tokens: Tensor) -> None:
+        self._read += pieces(tokens, self.segment)
+        super().observe(tokens)
+
+    def objective(self, piece: Tensor) -> Tensor:
+        loss = self.mean_loss(piece)
+        for parameter, fisher, anchor in zip(self.trained, self.fisher, self.anchor, strict=True):
+            loss = loss + self.strength / 2 * (fisher * (parameter - anchor).square()).sum()
+        return loss
+
+    def end_domain(self) -> None:
+        for piece in self._read:
+            gradients = torch.autograd.grad(self.mean_loss(piece), self.trained, allow_unused=True)
+            for fisher, gradient in zip(self.fisher, gradients, strict=True):
+                if gradient is not None:
+                    fisher += gradient.square() / len(self._read)
+        self.anchor = [parameter.detach().clone() for parameter in self.trained]
+        self._read = []
+
+
+class Replay(FineTuning):
+    """Fine-tuning that reads an earlier segment again with every new one.
+
+    Args:
+        capacity: segments kept, a uniform sample of all that were read (reservoir sampling).
+        seed: of what is kept and what is read again.
+    """
+
+    def __init__(
+        self, base: nn.Module, optimizer: Any, *, capacity: int, segment: int, window: int, seed: int = 0
+    ) -> None:
+        super().__init__(base, optimizer, segment=segment, window=window)
+        self.capacity = capacity
+        self.kept: list[Tensor] = []
+        self._seen = 0
+        self._random = torch.Generator().manual_seed(seed)
+
+    def objective(self, piece: Tensor) -> Tensor:
+        loss = self.mean_loss(piece)
+        if self.kept:
+            loss = (loss + self.mean_loss(self.kept[self._draw(len(self.kept))])) / 2
+        self._seen += 1
+        if len(self.kept) < self.capacity:
+            self.kept.append(piece)
+        elif (place := self._draw(self._seen)) < self.capacity:
+            self.kept[place] = piece
+        return loss
+
+    def _draw(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self._random))
+
+
+class LoRA(FineTuning):
+    """Fine-tuning of low-rank additions to the MLP blocks alone (Hu et al., 2106.09685), by peft.
+
+    Args:
+        rank: of the additions.
+        targets: names of the linear layers that get one.
+    """
+
+    def __init__(
+        self, base: nn.Module, optimizer: Any, *, rank: int, targets: tuple[str, ...], segment: int, window: int
+    ) -> None:
+        self.rank, self.targets = rank, targets
+        super().__init__(base, optimizer, segment=segment, window=window)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        model = model.eval().requires_grad_(False)
+        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.targets), bias="none")
+        return inject_adapter_in_model(config, model)
+
+
+def pieces(tokens: Tensor, length: int) -> list[Tensor]:
+    """Stretches of so many predicted tokens, each beginning with the token before; the last may be shorter."""
+    return [tokens[start : start + length + 1] for start in range(0, len(tokens) - 1, length)]
+
+
+def domain_losses(method: Method, texts: list[list[Tensor]]) -> list[float]:
+    """Mean loss per token on the texts of each domain."""
+    found = []
+    for domain in texts:
+        counts = [len(text) - 1 for text in domain]
+        total = math.fsum(method.loss(text) * count for text, count in zip(domain, counts, strict=True))
+        found.append(total / sum(counts))
+    return found
+
+
+def run_stream(method: Method, training: list[list[Tensor]], tests: list[list[Tensor]]) -> Iterator[list[float]]:
+    """Reads domains one after another and yields the losses on the texts of all of them, before and after each.
+
+    Args:
+        method: is changed.
+        training: texts of each domain, in their order.
+        tests: texts of domains, in the same order; there may be others behind them, such as the base model's own.
+    """
+    yield domain_losses(method, tests)
+    for texts in training:
+        for text in texts:
+            method.observe(text)
+        method.end_domain()
+        yield domain_losses(method, tests)
+
+
+def _read_loss(reader: StackedModel, tokens: Tensor, window: int) -> float:
+    rules: tuple[LearningRule, ...] = ()
+    device = next(reader.parameters()).device
+    with torch.no_grad():
+        found = read(reader, tokens[None].to(device), LevelMemory({}, 0), rules, window=window, learn=False)
+    return float(found.nats.sum()) / found.predicted
