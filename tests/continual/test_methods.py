@@ -138,8 +138,10 @@ def test_ewc_holds_what_earlier_domains_need() -> None:
     assert torch.equal(held.objective(pieces(text, 16)[0]), held.mean_loss(pieces(text, 16)[0]))  # at the anchor
     for method in (free, held):
         method.observe(other)
-    moved = [sum(float((f * (p.detach() - a).square()).sum()) for f, p, a in zip(m.fisher, m.trained, m.anchor, strict=True))
-             for m in (free, held)]  # fmt: skip
+    moved = [
+        sum(float((f * (p.detach() - a).square()).sum()) for f, p, a in zip(m.fisher, m.trained, m.anchor, strict=True))
+        for m in (free, held)
+    ]
     assert moved[1] < moved[0]
 
 
