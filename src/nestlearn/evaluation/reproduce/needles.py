@@ -7,11 +7,12 @@ from nestlearn.evaluation.reproduce.table import Column, Plan, Scale, Table
 # Kinds, and the length in words that they are trained at: so many keys and values must fit.
 KINDS = {"single_1": 128, "single_2": 128, "single_3": 128, "multi_key_1": 256, "multi_query": 256, "multi_value": 256}
 LONGER = (1, 2, 4, 8, 16)
-DIGITS = {"single_3": 6}
+# At "small" two blocks of width 64 do not learn to tell four keys apart in ten minutes (docs/log.md).
+SINGLE = ("single_1", "single_2", "single_3")
 
 
 def plan(scale: Scale) -> Plan:
-    """Word tokens and numbers of three digits; "paper" trains at 4,096 tokens and has RULER's seven digits."""
+    """Word tokens, values of three digits and single needles; "paper" trains at 4,096 tokens and has all of RULER's."""
     runs = {"steps": 600, "batch_size": 16, "warmup": 50, "weight_decay": 0.1, "every": 50, "settled": 4}
     runs |= {"test_sequences": 100, "test_batch": 10}
     size = {"dim": 64, "depth": 2, "heads": 2, "cms_periods": [1], "cms_expansion": 2.0, "chunk_size": 16}
@@ -20,7 +21,7 @@ def plan(scale: Scale) -> Plan:
         columns = {"single_2": _column("single_2", 96, (1, 2, 4), 1, words=1024)}
         return Plan(columns=columns, size={**size, "dim": 16}, rates=(3e-3,), runs={**runs, **small}, seeds=1)
     if scale == "small":
-        columns = {kind: _column(kind, n, LONGER, DIGITS.get(kind, 3), words=1024) for kind, n in KINDS.items()}
+        columns = {kind: _column(kind, KINDS[kind], LONGER, 3, words=1024) for kind in SINGLE}
         return Plan(columns=columns, size=size, rates=(3e-3,), runs=runs, seeds=1)
     columns = {kind: _column(kind, 4096, (1, 2, 4), None, words=16384) for kind in KINDS}
     size |= {"dim": 1024, "depth": 12, "heads": 16, "chunk_size": 64}
