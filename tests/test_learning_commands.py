@@ -29,7 +29,7 @@ def bytes_of_hugging_face() -> Any:
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>"
         "{% endif %}"

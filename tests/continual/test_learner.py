@@ -79,7 +79,7 @@ def test_loss_learns_nothing_and_is_that_of_a_learner_that_stands_still() -> Non
 
 def test_undo_and_forget() -> None:
     given, fresh = learner(lr=0.3), learner(lr=0.3)
-    with pytest.raises(ValueError, match="nothing was observed"):
+    with pytest.raises(ValueError, match="nothing was observed or forgotten"):
         given.undo()
     given.observe(TEXT)
     kept, counted = logits(given), given.updates
@@ -88,7 +88,7 @@ def test_undo_and_forget() -> None:
     given.undo()
     assert torch.equal(logits(given), kept)
     assert given.updates == counted
-    with pytest.raises(ValueError, match="nothing was observed"):
+    with pytest.raises(ValueError, match="nothing was observed or forgotten"):
         given.undo()
     given.forget(levels=[0])
     fast, slow = (level.weights for level in given.model.levels)
@@ -104,7 +104,7 @@ def test_undo_and_forget() -> None:
 
 @pytest.mark.parametrize("rule", ["gd", "momentum", "dgd"])
 def test_a_file_goes_on_exactly_in_mid_period(rule: Any, tmp_path: Path) -> None:
-    given, other = learner(rule=rule, lr=0.3), learner(lr=0.1)
+    given, other = learner(rule=rule, lr=0.3, nested=True), learner(lr=0.1, window=32)
     given.observe(TEXT[:71])
     given.save(tmp_path / "m.safetensors")
     other.load(tmp_path / "m.safetensors")
@@ -187,6 +187,12 @@ def test_other_files_are_refused_by_name_and_the_learner_is_unharmed(tmp_path: P
     def drop(tensors: dict[str, Tensor]) -> None:
         del tensors[first(tensors)]
 
+    def halve(tensors: dict[str, Tensor]) -> None:
+        tensors[first(tensors)] = tensors[first(tensors)].half()
+
+    with safe_open(path, "pt") as file:
+        no_period = file.metadata()["levels"].replace('"period": 16', '"period": 0')
+
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-100])
     (tmp_path / "text.safetensors").write_text("no memory at all")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
@@ -196,9 +202,16 @@ def test_other_files_are_refused_by_name_and_the_learner_is_unharmed(tmp_path: P
         (given, lambda: tmp_path / "foreign.safetensors", "foreign.safetensors: format unknown"),
         (given, lambda: rewritten(path, format="nestlearn-memory-9"), "nestlearn-memory-9.*update nestlearn"),
         (given, lambda: rewritten(path, tensors=spoil), "holds values that are not finite; take an earlier copy"),
-        (given, lambda: rewritten(path, tensors=drop), "is missing, too many or of another shape"),
+        (given, lambda: rewritten(path, tensors=drop), "is missing, too many, or of another shape or type"),
         (given, lambda: rewritten(path, updates="[1]"), "description is damaged"),
         (given, lambda: rewritten(path, rules="[]"), "description is damaged"),
+        (given, lambda: rewritten(path, updates="[Infinity, 1]"), "description is damaged"),
+        (given, lambda: rewritten(path, updates="[-1, 1]"), "description is damaged"),
+        (given, lambda: rewritten(path, rows="0"), "description is damaged"),
+        (given, lambda: rewritten(path, rows="2"), "of another shape or type"),
+        (given, lambda: rewritten(path, tensors=halve), "of another shape or type"),
+        (given, lambda: rewritten(path, levels=no_period), "description is damaged"),
+        (given, lambda: rewritten(path, manner="{}"), "description is damaged"),
         (given, lambda: rewritten(path, tokens="many"), "description is damaged"),
         (learner(model=base("llama", seed=1)), lambda: path, "another base model"),
         (learner("gpt2"), lambda: path, "another base model"),
@@ -294,6 +307,8 @@ def test_what_cannot_be_read_is_refused() -> None:
     assert (ContinualLearner(given.model).window, learner("hope", window=None).window) == (128, 1024)
     with pytest.raises(ValueError, match="at least two tokens"):
         given.loss("a")
+    with pytest.raises(ValueError, match="ids from 0 to 255, the base's vocabulary, got 3 to 256"):
+        given.observe([3, 256])
     single = given.observe("a")
     assert math.isnan(single.loss)
     assert given.memory.tokens == 1
@@ -321,3 +336,24 @@ def test_progress_is_told_of_every_segment() -> None:
     given.observe(TEXT[:50], progress=lambda tokens, loss: seen.append((tokens, loss)))
     assert [tokens for tokens, _ in seen] == [16, 32, 48, 50]
     assert all(math.isfinite(loss) for _, loss in seen)
+
+
+def test_rows_are_kept_where_nothing_learns_and_in_the_file(tmp_path: Path) -> None:
+    still, ids = learner(lr=0.0), torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
+    still.observe(ids)
+    still.observe(ids)
+    assert (still.rows, still.memory.tokens) == (2, 40)
+    given = learner(lr=0.3)
+    given.observe(ids)
+    given.save(tmp_path / "m.safetensors")
+    other = ContinualLearner.resume(tmp_path / "m.safetensors", base("llama"))
+    assert (other.rows, other.window) == (2, 64)
+    with pytest.raises(ValueError, match="expected 2 rows"):
+        given.loss(ids[:1])
+
+
+def test_generation_in_inference_mode_leaves_a_learner_that_learns() -> None:
+    given = ContinualLearner(stack_levels(base("llama"), (16, 48), rank=3, notice=None), BYTES, lr=0.3)
+    with torch.inference_mode():
+        given.generate("The cat", 3, do_sample=False)
+    assert math.isfinite(given.observe(TEXT).loss)

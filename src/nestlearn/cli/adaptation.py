@@ -130,7 +130,9 @@ def open_learner(
     if not memory.exists():
         return _new(model, periods, strategy, rank, lr, rule, window, device)
     base, tokenizer = load_base(model, device)
-    return ContinualLearner.resume(memory, base, tokenizer, window=window or None)
+    learner = ContinualLearner.resume(memory, base, tokenizer)
+    say(f"{memory} says which levels there are and how they learn; --periods, --lr and so on are for new ones")
+    return learner
 
 
 def _new(

@@ -100,7 +100,7 @@ class Conversation:
         kept = max(1, self.learner.window - self.max_tokens)
         settings: dict[str, Any] = {} if isinstance(self.learner.model.base, HopeLM) else {"do_sample": True}
         new = self.learner.generate(ids[-kept:], min(self.max_tokens, self.learner.window - 1), **settings)
-        answer = str(self.learner.tokenizer.decode(new[0].tolist()))
+        answer = self.learner.decode(new[0].tolist())
         if not self._has_template():
             answer = answer.split("\nuser:")[0]
         answer = answer.strip()

@@ -19,7 +19,7 @@ from nestlearn.memory.adaptation import LearningRule, Rule
 from nestlearn.models.generation import Sampling, generate
 from nestlearn.models.hope import HopeLM
 from nestlearn.models.in_context import LevelMemory, read, segments
-from nestlearn.models.stacking import StackedModel
+from nestlearn.models.stacking import StackedModel, is_linear
 from nestlearn.training.checkpoint import checkpoint_path, save_checkpoint
 
 # Of a context, unless another is asked for: each segment pays for the attention to all of it.
@@ -63,9 +63,10 @@ class ContinualLearner:
 
     Args:
         model: from `nestlearn.stack_levels`.
-        tokenizer: turns text into ids and back: of Hugging Face, or of `nestlearn.training.data.load_tokenizer`. None
-            if only ids are given.
-        lr: learning rate of all levels, or one for each. With the default clip it is the length of an update's step.
+        tokenizer: turns text into ids and back: of Hugging Face, or of `nestlearn.training.data.load_tokenizer`.
+            None if only ids are given.
+        lr: learning rate of all levels, or one for each. Where a gradient exceeds the clip, as it mostly does by
+            default, it is the length of a step of "gd".
         rule: "gd", "dgd" or "momentum"; see `nestlearn.memory.adaptation.LearningRule`.
         window: longest attention context in tokens; None for the base's own, at most 1,024.
         nested: whether a level returns to its initial weights when the next slower one changes (Eq. 72).
@@ -94,40 +95,37 @@ class ContinualLearner:
         self.rules = tuple(LearningRule(lr=rate, rule=rule, **others) for rate in rates)
         self.window = _window(model, window)
         self.nested = nested
-        self.memory = LevelMemory(model.fresh(1, self.rules), 0)
+        self.memory = LevelMemory(model.fresh(1, self.rules), 1, 0)
         self.updates = (0,) * len(model.levels)
         self._before: tuple[LevelMemory, tuple[int, ...]] | None = None
 
     @classmethod
-    def resume(
-        cls, path: str | os.PathLike[str], base: nn.Module, tokenizer: Any = None, **settings: Any
-    ) -> ContinualLearner:
+    def resume(cls, path: str | os.PathLike[str], base: nn.Module, tokenizer: Any = None) -> ContinualLearner:
         """A learner that goes on with a file, with the levels and rules that it names.
 
         Args:
             path: from `save`.
             base: the model it was learnt on, not stacked.
             tokenizer: of the base.
-            settings: window and nested.
 
         Raises:
             FileNotFoundError, ValueError: as `load`.
         """
         found = describe_memory(path)
         known = dict(base.named_modules())
-        missing = [name for level in found.levels for name in level.weights if name not in known]
+        missing = [n for level in found.levels for n in level.weights if n not in known or not is_linear(known[n])]
         if missing:
             raise ValueError(
-                f"{os.fspath(path)}: learnt on another base model ({found.base}); this one has no {missing[0]}"
+                f"{os.fspath(path)}: learnt on another base model ({found.base}); this one has no layer {missing[0]}"
             )
-        learner = cls(StackedModel(base, found.levels, rank=found.rank), tokenizer, lr=0.0, **settings)
+        learner = cls(StackedModel(base, found.levels, rank=found.rank), tokenizer, lr=0.0)
         learner.load(path)
         return learner
 
     @property
     def rows(self) -> int:
         """Rows that learn, each on its own."""
-        return next((len(weight.change) for weight in self.memory.weights.values()), 1)
+        return self.memory.rows
 
     def observe(
         self, text: str | Tensor | Sequence[int], *, progress: Callable[[int, float], None] | None = None
@@ -153,7 +151,7 @@ class ContinualLearner:
                     f"text: this learner has read {memory.tokens:,} tokens in {self.rows} rows, got {len(tokens)} "
                     "rows; every row learns on its own, so give as many, or make another learner"
                 )
-            memory = LevelMemory(self.model.fresh(len(tokens), self.rules), 0)
+            memory = LevelMemory(self.model.fresh(len(tokens), self.rules), len(tokens), 0)
         before = (self.memory, self.updates)
         counts, sizes = [0] * len(self.rules), [0.0] * len(self.rules)
         nats, predicted, done, started = 0.0, 0, 0, time.perf_counter()
@@ -177,23 +175,22 @@ class ContinualLearner:
         )
 
     def undo(self) -> None:
-        """Takes back the last `observe`. Once: a second call has nothing to take back.
+        """Takes back the last `observe` or `forget`. Once: a second call has nothing to take back.
 
         Raises:
-            ValueError: if nothing was observed since the start, a load, or the last undo.
+            ValueError: if nothing was observed or forgotten since the start, a load, or the last undo.
         """
         if self._before is None:
-            raise ValueError("undo: nothing was observed since the start, the last load or the last undo")
+            raise ValueError("undo: nothing was observed or forgotten since the start, the last load or the last undo")
         (self.memory, self.updates), self._before = self._before, None
 
     @torch.no_grad()
     def loss(self, text: str | Tensor | Sequence[int]) -> float:
         """Nats per token of a text, with what was learnt, without learning from it."""
-        still = [LearningRule(lr=0.0)] * len(self.rules)
         tokens = self._tokens(text)
         if tokens.shape[1] < 2:
             raise ValueError("loss: expected at least two tokens, of which the second is predicted; got one")
-        found = read(self.model, tokens, self.memory, still, window=self.window, learn=False)
+        found = read(self.model, tokens, self.memory, self.rules, window=self.window, learn=False)
         return found.nats.mean().item() / found.predicted
 
     @torch.no_grad()
@@ -219,7 +216,7 @@ class ContinualLearner:
                     tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, **settings
                 )
                 new = whole[:, tokens.shape[1] :]
-        return self._decode(new[0].tolist()) if isinstance(prompt, str) else new
+        return self.decode(new[0].tolist()) if isinstance(prompt, str) else new
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what was learnt, and nothing of the base but its fingerprint; `load` goes on exactly here.
@@ -228,17 +225,19 @@ class ContinualLearner:
             OSError: if it cannot be written; an earlier file is whole.
             ValueError: if a value is not finite.
         """
-        save_memory(path, self.model, self.memory, self.rules, self.updates)
+        manner = {"window": self.window, "nested": self.nested}
+        save_memory(path, self.model, self.memory, self.rules, self.updates, manner)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Takes what a file holds in place of what was learnt, with the rules by which it was learnt.
+        """Takes what a file holds in place of what was learnt, with the rules, the window and the variant (nested or not)
+        by which it was learnt.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: naming the file and what is wrong with it; the learner is as before.
         """
         learnt = load_memory(path, self.model, device=next(self.model.parameters()).device)
-        self.memory, self.rules, self.updates = learnt
+        self.memory, self.rules, self.updates, self.window, self.nested = learnt
         self._before = None
 
     def forget(self, levels: Sequence[int] | None = None) -> None:
@@ -258,7 +257,7 @@ class ContinualLearner:
         fresh = self.model.fresh(self.rows, self.rules)
         weights = {name: fresh[name] if name in names else weight for name, weight in self.memory.weights.items()}
         self._before = (self.memory, self.updates)
-        self.memory = LevelMemory(weights, self.memory.tokens)
+        self.memory = LevelMemory(weights, self.rows, self.memory.tokens)
 
     def export(self, folder: str | os.PathLike[str], *, row: int = 0) -> None:
         """Writes a plain model whose weights hold what a row has learnt: a folder of `transformers`, or of a
@@ -287,11 +286,10 @@ class ContinualLearner:
     def report(self) -> str:
         """What was read, and a line for each level: period, updates, and how far its weights have gone."""
         lines = [f"{self.memory.tokens:,} tokens read in {self.rows} row{'s' if self.rows > 1 else ''}"]
-        named = dict(self.model.base.named_parameters())
         for number, (level, count) in enumerate(zip(self.model.levels, self.updates, strict=True)):
             own = [self.memory.weights[name] for name in level.weights if name in self.memory.weights]
             gone = math.sqrt(sum(weight.change.square().sum().item() for weight in own) / self.rows)
-            whole = math.sqrt(sum(named[f"{name}.weight"].detach().square().sum().item() for name in level.weights))
+            whole = math.sqrt(sum(self.model.weight(name).detach().square().sum().item() for name in level.weights))
             lines.append(
                 f"level {number}: every {level.period:,} tokens, {count:,} updates, its weights are {gone / whole:.2%} "
                 "of their norm from where they began"
@@ -308,9 +306,16 @@ class ContinualLearner:
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point():
             raise ValueError(f"text: expected at least one token, ids (T,) or (B, T); got shape {tuple(tokens.shape)}")
+        known = self.model.vocab_size
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
+            raise ValueError(
+                f"text: expected ids from 0 to {known - 1}, the base's vocabulary, got {int(tokens.min())} to "
+                f"{int(tokens.max())}; is it the base's own tokenizer?"
+            )
         return tokens.to(next(self.model.parameters()).device, torch.long)
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
         if callable(self.tokenizer):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return str(self.tokenizer.decode(ids))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nestlearn.io import atomic_save_safetensors, load_safetensors, load_safetensors_metadata
 from nestlearn.memory.adaptation import FastWeight, LearningRule
+from nestlearn.memory.continuum import check_periods
 from nestlearn.models.in_context import LevelMemory
 from nestlearn.models.stacking import StackedLevel, StackedModel
 
@@ -26,11 +27,14 @@ class Learnt(NamedTuple):
         memory: of the levels.
         rules: by which they learn.
         updates: how often each level has changed.
+        window, nested: how the learner reads.
     """
 
     memory: LevelMemory
     rules: tuple[LearningRule, ...]
     updates: tuple[int, ...]
+    window: int
+    nested: bool
 
 
 def save_memory(
@@ -39,8 +43,14 @@ def save_memory(
     memory: LevelMemory,
     rules: Sequence[LearningRule],
     updates: Sequence[int],
+    manner: Mapping[str, Any],
 ) -> None:
     """Writes a memory; the file is whole, or what it was before.
+
+    Args:
+        path: of the file.
+        model, memory, rules, updates: as in `Learnt`.
+        manner: "window" and "nested".
 
     Raises:
         OSError: if it cannot be written.
@@ -61,7 +71,9 @@ def save_memory(
         "base": type(model.base).__name__,
         "levels": json.dumps(_levels(model)),
         "rules": json.dumps([rule.to_dict() for rule in rules]),
+        "rows": str(memory.rows),
         "tokens": str(memory.tokens),
+        "manner": json.dumps(dict(manner)),
         "updates": json.dumps(list(updates)),
     }
     atomic_save_safetensors(tensors, path, metadata)
@@ -76,7 +88,10 @@ class Description(NamedTuple):
     rank: int | None
     rules: tuple[LearningRule, ...]
     updates: tuple[int, ...]
+    rows: int
     tokens: int
+    window: int
+    nested: bool
 
 
 def describe_memory(path: str | os.PathLike[str]) -> Description:
@@ -105,12 +120,17 @@ def describe_memory(path: str | os.PathLike[str]) -> Description:
             stack["rank"],
             tuple(LearningRule(**rule) for rule in json.loads(metadata["rules"])),
             tuple(int(count) for count in json.loads(metadata["updates"])),
+            int(metadata["rows"]),
             int(metadata["tokens"]),
+            int(json.loads(metadata["manner"])["window"]),
+            bool(json.loads(metadata["manner"])["nested"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        check_periods([level.period for level in found.levels])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: its description is damaged ({error}); take another copy") from None
-    if not len(found.updates) == len(found.rules) == len(found.levels) or found.tokens < 0:
-        raise ValueError(f"{where}: its description is damaged (numbers of levels); take another copy")
+    counts = (found.tokens, found.rows - 1, found.window - 2, (found.rank or 1) - 1, *found.updates)
+    if not len(found.updates) == len(found.rules) == len(found.levels) or min(counts) < 0:
+        raise ValueError(f"{where}: its description is damaged (numbers out of range); take another copy")
     return found
 
 
@@ -128,7 +148,7 @@ def load_memory(path: str | os.PathLike[str], model: StackedModel, *, device: to
     if found.fingerprint != own:
         raise ValueError(
             f"{where}: learnt on another base model ({found.base}, fingerprint {found.fingerprint}) than this "
-            f"{type(model.base).__name__} ({own}); load it with the model it was learnt on"
+            f"{type(model.base).__name__} ({own}); load it with the model it was learnt on, in the same precision"
         )
     if (found.levels, found.rank) != (model.levels, model.rank):
         raise ValueError(
@@ -137,8 +157,7 @@ def load_memory(path: str | os.PathLike[str], model: StackedModel, *, device: to
             f"stacked then"
         )
     tensors = load_safetensors(path, device=str(device))
-    rows = {tensor.shape[0] for tensor in tensors.values()}
-    fresh = model.fresh(next(iter(rows)), found.rules) if len(rows) == 1 else {}
+    fresh = model.fresh(found.rows, found.rules)
     expected = {
         f"{name}.{field}": tensor
         for name, weight in fresh.items()
@@ -146,15 +165,20 @@ def load_memory(path: str | os.PathLike[str], model: StackedModel, *, device: to
         if tensor is not None
     }
     for name in sorted(set(expected) | set(tensors)):
-        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
-            raise ValueError(f"{where}: {name} is missing, too many or of another shape; take another copy")
+        if name not in tensors or name not in expected or _kind(tensors[name]) != _kind(expected[name]):
+            raise ValueError(f"{where}: {name} is missing, too many, or of another shape or type; take another copy")
         if not bool(torch.isfinite(tensors[name]).all()):
             raise ValueError(f"{where}: {name} holds values that are not finite; take an earlier copy")
     weights = {
         name: FastWeight(*(tensors.get(f"{name}.{field}") for field in FastWeight._fields))  # type: ignore[arg-type]
         for name in fresh
     }
-    return Learnt(LevelMemory(weights, found.tokens), found.rules, found.updates)
+    memory = LevelMemory(weights, found.rows, found.tokens)
+    return Learnt(memory, found.rules, found.updates, found.window, found.nested)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def fingerprint(base: nn.Module) -> str:

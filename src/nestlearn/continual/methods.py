@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.continual.learner import ContinualLearner
-from nestlearn.memory.adaptation import LearningRule
 from nestlearn.models.in_context import LevelMemory, read
 from nestlearn.models.stacking import StackedModel
 
@@ -78,17 +77,8 @@ class InContext(Frozen):
     def observe(self, tokens: Tensor) -> None:
         self.recent = torch.cat([self.recent, tokens])[-(self.window // 2) :]
 
-    @torch.no_grad()
     def loss(self, tokens: Tensor) -> float:
-        total, count, step = 0.0, 0, self.window - len(self.recent)
-        device = next(self.reader.parameters()).device
-        for start in range(0, len(tokens) - 1, step):
-            piece = tokens[start : start + step + 1]
-            before = torch.cat([self.recent, piece[:-1]])[None].to(device)
-            logits = self.reader(before)[0][0, len(self.recent) :]
-            total += float(F.cross_entropy(logits.float(), piece[1:].to(device), reduction="sum"))
-            count += len(piece) - 1
-        return total / count
+        return _read_loss(self.reader, tokens, self.window, before=self.recent)
 
 
 class FineTuning(Method):
@@ -257,9 +247,19 @@ def run_stream(method: Method, training: list[list[Tensor]], tests: list[list[Te
         yield domain_losses(method, tests)
 
 
-def _read_loss(reader: StackedModel, tokens: Tensor, window: int) -> float:
-    rules: tuple[LearningRule, ...] = ()
+@torch.no_grad()
+def _read_loss(reader: StackedModel, tokens: Tensor, window: int, before: Tensor | None = None) -> float:
+    """Nats per predicted token of a text, the tokens before it in the context."""
+    if len(tokens) < 2:
+        raise ValueError("loss: expected at least two tokens, of which the second is predicted; got one")
     device = next(reader.parameters()).device
-    with torch.no_grad():
-        found = read(reader, tokens[None].to(device), LevelMemory({}, 0), rules, window=window, learn=False)
-    return float(found.nats.sum()) / found.predicted
+
+    def nats(ids: Tensor) -> float:
+        memory = LevelMemory({}, 1, 0)
+        return float(read(reader, ids[None].to(device), memory, (), window=window, learn=False).nats.sum())
+
+    if before is None or not len(before):
+        return nats(tokens) / (len(tokens) - 1)
+    # What stands before is read in both, so that its own loss falls out; the text's first token is not counted.
+    whole, head = torch.cat([before, tokens]), torch.cat([before, tokens[:1]])
+    return (nats(whole) - nats(head)) / (len(tokens) - 1)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestlearn.memory.adaptation import FastWeight, LearningRule, advance_levels
 from nestlearn.models.hope import HopeLM
@@ -20,10 +21,12 @@ class LevelMemory(NamedTuple):
 
     Attributes:
         weights: by name; those of levels that learn.
+        rows: of a batch, each with changes of its own.
         tokens: how many each row has read, from which every level knows when it is due.
     """
 
     weights: Mapping[str, FastWeight]
+    rows: int
     tokens: int
 
 
@@ -86,7 +89,7 @@ def segments(
 ) -> Iterator[Reading]:
     """Reads tokens segment by segment, and lets every level that is due change (Eq. 71).
 
-    A segment ends where a level is due. The next-token loss of its own tokens, the first of which the segment before
+    A segment ends where a level is due, and after half a window at the latest, where gradients stop too. The next-token loss of its own tokens, the first of which the segment before
     predicts, gives every level the gradient for each row on its own; the loss at token t so depends on tokens up to t
     alone. The call begins with an empty context and ends a segment, whose gradients wait in the memory.
 
@@ -99,7 +102,7 @@ def segments(
         tokens: (B, T) int64.
         memory: before. It is not changed.
         rules: of the levels, from the fastest.
-        window: longest context of a base with attention, in tokens, at least 2.
+        window: longest context of a base with attention, in tokens, at least 2; twice the longest segment.
         nested: the "nested" variant of Eq. 72: a level returns to its initial weights when the next slower one changes.
         second_order: keep the graph, so that the losses and the memory can be differentiated through all updates
             (meta-learning of the initial weights). Otherwise nothing that comes out has a gradient.
@@ -109,7 +112,8 @@ def segments(
         what came of each segment.
 
     Raises:
-        ValueError: for tokens of another shape than (B, T), a window below 2, or another number of rules than levels.
+        ValueError: for tokens of another shape than (B, T) or another number of rows than the memory's, a window below
+            2, another number of rules than levels, or a base whose cache is none that can be carried on.
     """
     if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(f"tokens: expected (B, T) with at least one token, got shape {tuple(tokens.shape)}")
@@ -118,20 +122,22 @@ def segments(
     if len(rules) != len(model.levels):
         raise ValueError(f"rules: expected one for each of the {len(model.levels)} levels, got {len(rules)}")
     levels = {level.period: (rule, level.weights) for level, rule in zip(model.levels, rules, strict=True)}
-    longest = tokens.shape[1] if _is_recurrent(model.base) else max(1, window // 2)
-    context = None
+    if len(tokens) != memory.rows:
+        raise ValueError(f"tokens: expected {memory.rows} rows, as many as the memory has, got {len(tokens)}")
+    periods = [period for period, (rule, _) in levels.items() if rule.lr or nested] if learn else []
+    longest, context = window // 2, None
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     start, length = 0, tokens.shape[1]
     while start < length:
-        now = memory.tokens if learn else start
-        stop = min(length, start + longest, start + min((period - now % period for period in levels), default=length))
+        now = memory.tokens
+        stop = min(length, start + longest, start + min((period - now % period for period in periods), default=length))
         fed, targets = tokens[:, max(start - 1, 0) : stop - 1], tokens[:, max(start, 1) : stop]
         weights = dict(memory.weights)
         nats = torch.zeros(len(tokens), dtype=dtype, device=tokens.device)
         updates: list[Update] = []
-        with contextlib.nullcontext() if second_order else _without_gradients(model.base):
+        with _reading(model.base, frozen=not second_order):
             if fed.shape[1]:
-                context = _make_room(model, tokens, start, fed.shape[1], context, weights, window)
+                context = _make_room(model, tokens, start, fed.shape[1], context, weights, window, second_order)
                 if learn:
                     nats, weights, context = _learn(model, fed, targets, weights, context, second_order)
                 else:
@@ -142,7 +148,7 @@ def segments(
                 weights, due = advance_levels(weights, levels, time, nested=nested)
                 changed = [i for i, level in enumerate(model.levels) if level.period in due and rules[i].lr]
                 updates = [_update(model, i, time, before, weights) for i in changed]
-                memory = LevelMemory(weights, time)
+                memory = LevelMemory(weights, memory.rows, time)
         yield Reading(memory, nats, fed.shape[1], stop - start, tuple(updates))
         start = stop
 
@@ -171,13 +177,17 @@ def _learn(
     with torch.enable_grad() if leaves else contextlib.nullcontext():
         read_as = {name: weight._replace(change=leaves[name]) for name, weight in weights.items()}
         gram = any(weight.gram is not None for weight in weights.values())
-        logits, context = model(fed, read_as, context, seen=inputs.__setitem__ if gram else None)
-        nats = _losses(logits, targets)
-        gradients = (
-            torch.autograd.grad(nats.sum(), list(leaves.values()), create_graph=second_order, retain_graph=second_order)
-            if leaves
-            else ()
-        )
+        # The weights stay in place while gradients are taken: checkpointing reads again then.
+        with model.reading(read_as, inputs.__setitem__ if gram else None):
+            logits, context = model(fed, None, context)
+            nats = _losses(logits, targets)
+            gradients = (
+                torch.autograd.grad(
+                    nats.sum(), list(leaves.values()), create_graph=second_order, retain_graph=second_order
+                )
+                if leaves
+                else ()
+            )
     if not second_order:
         inputs = {name: x.detach() for name, x in inputs.items()}
     found = {
@@ -195,15 +205,13 @@ def _make_room(
     context: Context | None,
     weights: Mapping[str, FastWeight],
     window: int,
+    second_order: bool,
 ) -> Context | None:
     """A context that has room for so many tokens: the same one, or a new one that read the last ones again."""
     if context is None or _is_recurrent(model.base) or context.tokens + count <= window:
         return context
-    kept = min(window // 2, window - count)
-    if kept < 1:
-        return None
-    first = max(start - 1, 0)  # the segment's own first input comes next
-    with torch.no_grad():
+    kept, first = min(window // 2, window - count), start - 1  # the segment's own first input comes next
+    with contextlib.nullcontext() if second_order else torch.no_grad():
         _, context = model(tokens[:, first - kept : first], weights)
     return context
 
@@ -216,7 +224,11 @@ def _is_recurrent(base: nn.Module) -> bool:
 def _detached(context: Context) -> Context:
     if isinstance(context.state, dict):
         return context._replace(state={name: tensor.detach() for name, tensor in context.state.items()})
-    for layer in context.state.layers:  # a cache of Hugging Face, which is this context's own
+    layers = getattr(context.state, "layers", None)  # a cache of Hugging Face, which is this context's own
+    if layers is None or not all(hasattr(layer, "keys") and hasattr(layer, "values") for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers or [context.state]}))
+        raise ValueError(f"the base keeps its context in {kinds}; only caches of keys and values can be carried on")
+    for layer in layers:
         layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
     return context
 
@@ -236,13 +248,20 @@ def _update(
 
 
 @contextlib.contextmanager
-def _without_gradients(base: nn.Module) -> Iterator[Any]:
-    """While it lasts, no parameter takes part in a graph: only what learns in context does."""
-    parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+def _reading(base: nn.Module, *, frozen: bool) -> Iterator[Any]:
+    """While it lasts, the base is in evaluation mode and keeps its cache (gradient checkpointing drops it in training),
+    and if `frozen` no parameter takes part in a graph: only what learns in context does. Otherwise attention runs in a
+    form that can be differentiated twice."""
+    training = [module for module in base.modules() if module.training]
+    parameters = [parameter for parameter in base.parameters() if parameter.requires_grad] if frozen else []
     try:
-        yield
+        base.eval()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        with contextlib.nullcontext() if frozen else sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+        for module in training:
+            module.training = True

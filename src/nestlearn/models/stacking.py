@@ -76,6 +76,19 @@ class StackedModel(nn.Module):
         """Tokens between the updates of each level."""
         return tuple(level.period for level in self.levels)
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the base knows."""
+        if isinstance(self.base, HopeLM):
+            return self.base.config.vocab_size
+        embedding: nn.Embedding = self.base.get_input_embeddings()  # type: ignore[operator]
+        return embedding.num_embeddings
+
+    def weight(self, name: str) -> Tensor:
+        """The base's own weight, in the layer's own order."""
+        weight: Tensor = self._linears[name].weight  # type: ignore[assignment]
+        return weight
+
     def sizes(self, name: str) -> tuple[int, int]:
         """Outputs and learning inputs (O, K) of a weight."""
         outputs, inputs = linear_sizes(self._linears[name])
@@ -201,9 +214,10 @@ class StackedModel(nn.Module):
         if known is None or known.device != like.device or known.dtype != like.dtype:
             _, inputs = linear_sizes(self._linears[name])
             seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big")
-            generator = torch.Generator().manual_seed(seed)
-            drawn = torch.randn(inputs, like.shape[-1], generator=generator, dtype=torch.float64)
-            known = torch.linalg.qr(drawn).Q.to(like)
+            with torch.inference_mode(False):  # it is kept, and gradients pass it later
+                generator = torch.Generator().manual_seed(seed)
+                drawn = torch.randn(inputs, like.shape[-1], generator=generator, dtype=torch.float64)
+                known = torch.linalg.qr(drawn).Q.to(device=like.device, dtype=like.dtype)
             self._projections[name] = known
         return known
 
@@ -287,7 +301,10 @@ def find_mlps(model: nn.Module) -> dict[str, tuple[str, ...]]:
     A block is a module outside attention with linear layers of its own, from one width to another and back.
     """
     found: dict[str, tuple[str, ...]] = {}
+    inside = "" if isinstance(model, HopeLM) else _decoder_name(model)
     for name, module in model.named_modules():
+        if not name.startswith(inside):
+            continue
         if isinstance(model, HopeLM):
             if isinstance(module, MLPLevel):
                 found[name] = (f"{name}.up", f"{name}.down")
@@ -299,6 +316,13 @@ def find_mlps(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if 2 <= len(own) <= 3 and _goes_and_returns(list(own.values())):
             found[name] = tuple(f"{name}.{child}" for child in own)
     return found
+
+
+def _decoder_name(model: nn.Module) -> str:
+    """Name of the part that reads text, where a model has others that see or hear; otherwise nothing."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
 def _goes_and_returns(sizes: list[tuple[int, int]]) -> bool:
