@@ -229,8 +229,8 @@ class ContinualLearner:
         save_memory(path, self.model, self.memory, self.rules, self.updates, manner)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Takes what a file holds in place of what was learnt, with the rules, the window and the variant (nested or not)
-        by which it was learnt.
+        """Takes what a file holds in place of what was learnt, with the rules, the window and the variant (nested or
+        not) by which it was learnt.
 
         Raises:
             FileNotFoundError: if there is no such file.

@@ -89,9 +89,10 @@ def segments(
 ) -> Iterator[Reading]:
     """Reads tokens segment by segment, and lets every level that is due change (Eq. 71).
 
-    A segment ends where a level is due, and after half a window at the latest, where gradients stop too. The next-token loss of its own tokens, the first of which the segment before
-    predicts, gives every level the gradient for each row on its own; the loss at token t so depends on tokens up to t
-    alone. The call begins with an empty context and ends a segment, whose gradients wait in the memory.
+    A segment ends where a level is due, and after half a window at the latest; gradients stop there too. The next-token
+    loss of its own tokens, the first of which the segment before predicts, gives every level the gradient for each row
+    on its own; the loss at token t so depends on tokens up to t alone. The call begins with an empty context and ends a
+    segment, whose gradients wait in the memory.
 
     A base with attention has a context of at most `window` tokens. When it is full, a new one begins with the last
     half of it, read again with what is known by then; so tokens never stand further back than the window, and time
