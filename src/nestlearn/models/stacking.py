@@ -128,12 +128,7 @@ class StackedModel(nn.Module):
         return count
 
     def forward(
-        self,
-        tokens: Tensor,
-        weights: Weights | None = None,
-        context: Context | None = None,
-        *,
-        seen: Callable[[str, Tensor], None] | None = None,
+        self, tokens: Tensor, weights: Weights | None = None, context: Context | None = None
     ) -> tuple[Tensor, Context]:
         """Logits with what was learnt.
 
@@ -141,12 +136,11 @@ class StackedModel(nn.Module):
             tokens: (B, T) int64.
             weights: as from `fresh`, changed by learning; None, or none that learnt, is the base model bit for bit.
             context: what came before; it may be changed, as caches of Hugging Face are. None for an empty one.
-            seen: as in `reading`.
 
         Returns:
             logits (B, T, vocabulary) and the context after them.
         """
-        with self.reading(weights or {}, seen):
+        with self.reading(weights or {}):
             if isinstance(self.base, HopeLM):
                 logits, state = self.base(tokens, None if context is None else context.state)
             else:

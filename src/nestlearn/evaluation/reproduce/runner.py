@@ -18,16 +18,7 @@ from nestlearn.evaluation.tasks import build_task
 
 
 def reproduce_tasks(table: Table, order: Order) -> str:
-    """Runs what is not done yet and writes `out`.json, `out`.md and `out`.png.
-
-    Returns:
-        the page.
-
-    Raises:
-        ValueError: for an unknown model or column.
-        FileNotFoundError: if data that a task needs are not there.
-        JobsFailed: if runs failed; the others are kept.
-    """
+    """`nestlearn.evaluation.reproduce.reproduce` for a table of synthetic tasks."""
     plan = table.plan(order.scale)
     unknown = [name for name in order.columns if name not in plan.columns]
     if unknown:
