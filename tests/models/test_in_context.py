@@ -404,3 +404,22 @@ def test_a_base_whose_context_cannot_be_carried_on_is_refused() -> None:
     with pytest.raises(ValueError, match="keeps its context in NoneType; only caches of keys and values"):
         learn(model, some_tokens(9), rules)
     assert all(parameter.requires_grad for parameter in model.base.parameters())
+
+
+@pytest.mark.parametrize("window", [2, 8, 9])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_a_full_context_begins_anew_with_its_last_half(name: str, window: int) -> None:
+    model, tokens = stacked(name), some_tokens(50, rows=1)
+    begin, expected = 0, 0.0
+    for start in range(0, 50, window // 2):
+        first, last = max(start - 1, 0), min(50, start + window // 2) - 1  # what a segment is fed
+        if last == first:
+            continue
+        if last - begin > window:
+            begin = first - min(window // 2, window - (last - first))
+        with torch.no_grad():
+            logits = model(tokens[:, begin:last])[0][0, first - begin :]
+        expected += float(F.cross_entropy(logits, tokens[0, first + 1 : last + 1], reduction="sum"))
+    assert begin > 0
+    found = read(model, tokens, LevelMemory({}, 1, 0), RULES[0], window=window, learn=False)
+    assert float(found.nats) == pytest.approx(expected, abs=1e-5)
