@@ -56,6 +56,7 @@ def make(name: str, model: nn.Module) -> Method:
     if name == "replay":
         return Replay(model, sgd, capacity=4, **SIZES)
     if name == "lora":
+        pytest.importorskip("peft", reason="peft comes with the extra `baselines`")
         return LoRA(model, sgd, rank=4, targets=("up", "down"), **SIZES)
     return FineTuning(model, sgd, **SIZES)
 
@@ -164,6 +165,7 @@ def test_replay_keeps_a_bounded_uniform_sample() -> None:
 
 
 def test_lora_trains_its_additions_alone() -> None:
+    pytest.importorskip("peft", reason="peft comes with the extra `baselines`")
     method = LoRA(base(), sgd, rank=2, targets=("up", "down"), **SIZES)
     kept = {n: p.clone() for n, p in method.model.named_parameters() if not p.requires_grad}
     method.observe(domain(1))

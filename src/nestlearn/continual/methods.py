@@ -209,7 +209,10 @@ class LoRA(FineTuning):
         super().__init__(base, optimizer, segment=segment, window=window)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        from peft import LoraConfig, inject_adapter_in_model
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ImportError("LoRA needs peft: pip install 'nestlearn[baselines]'") from error
 
         model = model.eval().requires_grad_(False)
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.targets), bias="none")
