@@ -251,7 +251,7 @@ def test_gradients_through_all_updates_equal_finite_differences(settings: dict[s
     tokens = some_tokens(13)
 
     def loss() -> Tensor:
-        return learn(model, tokens, rules, second_order=True, window=8).nats.sum()
+        return learn(model, tokens, rules, order=2, window=8).nats.sum()
 
     value = loss()
     assert value.requires_grad

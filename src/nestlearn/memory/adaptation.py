@@ -106,6 +106,12 @@ class FastWeight(NamedTuple):
         return FastWeight(*(None if tensor is None else tensor.detach() for tensor in self))  # type: ignore[arg-type]
 
 
+def read_change(x: Tensor, change: Tensor) -> Tensor:
+    """What each row's own change (B, O, K) adds to the output of its weight, x (B, T, K) -> (B, T, O), or (B, K) ->
+    (B, O)."""
+    return x @ change.mT if x.ndim == 3 else (change @ x[..., None])[..., 0]
+
+
 def update_level(weights: Mapping[str, FastWeight], rule: LearningRule) -> dict[str, FastWeight]:
     """The weights of a level after an update, with nothing gathered."""
     scale = _clipping(weights, rule.clip)

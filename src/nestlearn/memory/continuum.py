@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,21 @@ from nestlearn.functional.kernels.native import run_level, unavailable
 from nestlearn.functional.plain import is_plain, is_small, plain_weight
 from nestlearn.functional.recomputed import mlp_behind_norm, recomputable
 from nestlearn.functional.rms_norm import RMSNorm
+from nestlearn.memory.adaptation import FastWeight, LearningRule, advance_levels, read_change
 
 Variant = Literal["sequential", "independent", "nested"]
+
+
+class AdaptedLevels(NamedTuple):
+    """What the levels of a `ContinuumMemory` have learnt in context, for each row on its own.
+
+    Attributes:
+        weights: by name, "levels.0.up" and so on.
+        tokens: read by each row, from which every level knows when it is due.
+    """
+
+    weights: Mapping[str, FastWeight]
+    tokens: int
 
 
 class MLPLevel(nn.Module):
@@ -39,6 +53,13 @@ class MLPLevel(nn.Module):
             return mlp_behind_norm(x, *weights, self.norm.eps)
         down: Tensor = self.down(F.gelu(self.up(self.norm(x))))
         return down
+
+    def adapted(self, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With each row's own changes up (B, H, D) and down (B, D, H): the output (B, T, D), and what the two weights
+        were given, (B, T, D) and (B, T, H)."""
+        normed = self.norm(x)
+        hidden = F.gelu(self.up(normed) + read_change(normed, up))
+        return self.down(hidden) + read_change(hidden, down), normed, hidden
 
     @torch.no_grad()
     def decode_step(self, x: Tensor) -> Tensor:
@@ -75,8 +96,7 @@ class ContinuumMemory(nn.Module):
       in context, so without in-context updates nested equals sequential.
     - "independent" (Eq. 74): x + sum_i w_i level_i(x) with learnt weights w that start at 1 / levels.
 
-    Periods count either optimizer steps (training: `nestlearn.optim.LevelOptimizer`) or tokens (in context); this
-    module only carries them.
+    Periods count either optimizer steps (training: `nestlearn.optim.LevelOptimizer`) or tokens (in context: `adapt`).
 
     Args:
         dim: D.
@@ -108,6 +128,93 @@ class ContinuumMemory(nn.Module):
         for level in self.levels:
             x = x + level(x)
         return x
+
+    def unadapted(self, batch_size: int, rules: Sequence[LearningRule]) -> AdaptedLevels:
+        """Nothing learnt in context yet.
+
+        Args:
+            batch_size: rows, each with changes of its own.
+            rules: of the levels, from the fastest; a level with lr 0 does not learn.
+        """
+        weights = {
+            f"levels.{i}.{name}": FastWeight.fresh(
+                batch_size, weight.shape[0], weight.shape[1], rule, device=weight.device, dtype=weight.dtype
+            )
+            for i, (level, rule) in enumerate(zip(self._mlps(), rules, strict=True))
+            for name, weight in (("up", level.up.weight), ("down", level.down.weight))
+            if rule.lr
+        }
+        return AdaptedLevels(weights, 0)
+
+    def adapt(
+        self,
+        x: Tensor,
+        loss: Callable[..., Tensor],
+        memory: AdaptedLevels,
+        rules: Sequence[LearningRule],
+    ) -> tuple[Tensor, AdaptedLevels]:
+        """Reads x and lets every level learn in context when its period, in tokens, is over (Eq. 71).
+
+        Each token is read with what was learnt before it: the segments between updates are read one after another. A
+        level gets the summed gradient of the loss since its own last update, for each row on its own. "nested" returns
+        a level to its initial weights when the next slower one changes (Eq. 72). For whole models, whose loss goes
+        through all their blocks, see `nestlearn.stack_levels`.
+
+        Args:
+            x: (B, T, D). It gets no gradient.
+            loss: loss(y, start=...) is the summed loss of each row, (B,), of the segment of x that begins at `start`
+                and whose output is y (B, S, D).
+            memory: from `unadapted`, or of an earlier call; it is not changed.
+            rules: of the levels, from the fastest.
+
+        Returns:
+            the output (B, T, D), without gradients, and the memory after it.
+
+        Raises:
+            ValueError: for another number of rules than levels.
+        """
+        if len(rules) != len(self.periods):
+            raise ValueError(f"rules: expected one for each of the {len(self.periods)} levels, got {len(rules)}")
+        levels = {
+            period: (rule, (f"levels.{i}.up", f"levels.{i}.down"))
+            for i, (period, rule) in enumerate(zip(self.periods, rules, strict=True))
+        }
+        outputs, start = [], 0
+        while start < x.shape[1]:
+            now = memory.tokens
+            stop = min(x.shape[1], start + min(period - now % period for period in self.periods))
+            y, weights = self._gather(x[:, start:stop].detach(), partial(loss, start=start), memory.weights)
+            weights, _ = advance_levels(weights, levels, now + stop - start, nested=self.variant == "nested")
+            memory = AdaptedLevels(weights, now + stop - start)
+            outputs.append(y)
+            start = stop
+        return torch.cat(outputs, 1) if outputs else x, memory
+
+    def _mlps(self) -> list[MLPLevel]:
+        return [level for level in self.levels if isinstance(level, MLPLevel)]
+
+    def _gather(
+        self, x: Tensor, loss: Callable[[Tensor], Tensor], weights: Mapping[str, FastWeight]
+    ) -> tuple[Tensor, dict[str, FastWeight]]:
+        """A segment's output, and the weights with the gradients of its loss."""
+        leaves = {name: weight.change.detach().requires_grad_() for name, weight in weights.items()}
+        inputs: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            y = base = x
+            for i, level in enumerate(self._mlps()):
+                up, down = f"levels.{i}.up", f"levels.{i}.down"
+                given = base if self.variant == "independent" else y
+                if up in leaves:
+                    out, inputs[up], inputs[down] = level.adapted(given, leaves[up], leaves[down])
+                else:
+                    out = level(given)
+                y = y + (self.weights[i] * out if self.variant == "independent" else out)
+            gradients = torch.autograd.grad(loss(y).sum(), list(leaves.values())) if leaves else ()
+        gathered = {
+            name: weights[name].gathered(gradient, inputs[name].detach())
+            for name, gradient in zip(leaves, gradients, strict=True)
+        }
+        return y.detach(), gathered
 
     def decode_step(self, x: Tensor) -> Tensor:
         """One token, x (B, D) -> (B, D), without gradients. Otherwise equal to `forward`."""

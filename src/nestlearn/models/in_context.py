@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nestlearn.memory.adaptation import FastWeight, LearningRule, advance_levels
 from nestlearn.models.hope import HopeLM
 from nestlearn.models.stacking import Context, StackedModel
+
+Order = Literal[0, 1, 2]
 
 
 class LevelMemory(NamedTuple):
@@ -84,7 +86,7 @@ def segments(
     *,
     window: int = 1024,
     nested: bool = False,
-    second_order: bool = False,
+    order: Order = 0,
     learn: bool = True,
 ) -> Iterator[Reading]:
     """Reads tokens segment by segment, and lets every level that is due change (Eq. 71).
@@ -105,8 +107,9 @@ def segments(
         rules: of the levels, from the fastest.
         window: longest context of a base with attention, in tokens, at least 2; twice the longest segment.
         nested: the "nested" variant of Eq. 72: a level returns to its initial weights when the next slower one changes.
-        second_order: keep the graph, so that the losses and the memory can be differentiated through all updates
-            (meta-learning of the initial weights). Otherwise nothing that comes out has a gradient.
+        order: of the derivatives of what comes out: 0 none; 1 the losses have those with respect to the base, what was
+            learnt being constant; 2 losses and memory have all, through the updates (meta-learning of the initial
+            weights).
         learn: whether anything is learnt; otherwise the memory comes out as it went in, and time stands still.
 
     Yields:
@@ -136,11 +139,11 @@ def segments(
         weights = dict(memory.weights)
         nats = torch.zeros(len(tokens), dtype=dtype, device=tokens.device)
         updates: list[Update] = []
-        with _reading(model.base, frozen=not second_order):
+        with _reading(model.base, order):
             if fed.shape[1]:
-                context = _make_room(model, tokens, start, fed.shape[1], context, weights, window, second_order)
+                context = _make_room(model, tokens, start, fed.shape[1], context, weights, window, order)
                 if learn:
-                    nats, weights, context = _learn(model, fed, targets, weights, context, second_order)
+                    nats, weights, context = _learn(model, fed, targets, weights, context, order)
                 else:
                     logits, context = model(fed, weights, context)
                     nats = _losses(logits, targets)
@@ -166,7 +169,7 @@ def _learn(
     targets: Tensor,
     weights: dict[str, FastWeight],
     context: Context | None,
-    second_order: bool,
+    order: Order,
 ) -> tuple[Tensor, dict[str, FastWeight], Context]:
     """Losses (B,) of a segment, the weights with its gradients, and the context after it."""
     inputs: dict[str, Tensor] = {}
@@ -183,19 +186,17 @@ def _learn(
             logits, context = model(fed, None, context)
             nats = _losses(logits, targets)
             gradients = (
-                torch.autograd.grad(
-                    nats.sum(), list(leaves.values()), create_graph=second_order, retain_graph=second_order
-                )
+                torch.autograd.grad(nats.sum(), list(leaves.values()), create_graph=order == 2, retain_graph=order > 0)
                 if leaves
                 else ()
             )
-    if not second_order:
+    if order < 2:
         inputs = {name: x.detach() for name, x in inputs.items()}
     found = {
         name: weights[name].gathered(gradient, inputs.get(name))
         for name, gradient in zip(leaves, gradients, strict=True)
     }
-    return (nats if second_order else nats.detach()), found, context if second_order else _detached(context)
+    return (nats if order else nats.detach()), found, context if order else _detached(context)
 
 
 def _make_room(
@@ -206,13 +207,13 @@ def _make_room(
     context: Context | None,
     weights: Mapping[str, FastWeight],
     window: int,
-    second_order: bool,
+    order: Order,
 ) -> Context | None:
     """A context that has room for so many tokens: the same one, or a new one that read the last ones again."""
     if context is None or _is_recurrent(model.base) or context.tokens + count <= window:
         return context
     kept, first = min(window // 2, window - count), start - 1  # the segment's own first input comes next
-    with contextlib.nullcontext() if second_order else torch.no_grad():
+    with contextlib.nullcontext() if order else torch.no_grad():
         _, context = model(tokens[:, first - kept : first], weights)
     return context
 
@@ -249,17 +250,17 @@ def _update(
 
 
 @contextlib.contextmanager
-def _reading(base: nn.Module, *, frozen: bool) -> Iterator[Any]:
-    """While it lasts, the base is in evaluation mode and keeps its cache (gradient checkpointing drops it in training),
-    and if `frozen` no parameter takes part in a graph: only what learns in context does. Otherwise attention runs in a
-    form that can be differentiated twice."""
+def _reading(base: nn.Module, order: Order) -> Iterator[Any]:
+    """While it lasts, the base is in evaluation mode and keeps its cache (gradient checkpointing drops it in training).
+    At order 0 no parameter takes part in a graph, only what learns in context does; at order 2 attention runs in a form
+    that can be differentiated twice."""
     training = [module for module in base.modules() if module.training]
-    parameters = [parameter for parameter in base.parameters() if parameter.requires_grad] if frozen else []
+    parameters = [parameter for parameter in base.parameters() if parameter.requires_grad] if order == 0 else []
     try:
         base.eval()
         for parameter in parameters:
             parameter.requires_grad_(False)
-        with contextlib.nullcontext() if frozen else sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH) if order == 2 else contextlib.nullcontext():
             yield
     finally:
         for parameter in parameters:

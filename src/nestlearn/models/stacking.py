@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from nestlearn.memory.adaptation import FastWeight, LearningRule
+from nestlearn.memory.adaptation import FastWeight, LearningRule, read_change
 from nestlearn.memory.continuum import MLPLevel, check_periods
 from nestlearn.models.hope import HopeLM
 
@@ -197,8 +197,7 @@ class StackedModel(nn.Module):
             own = change.repeat_interleave(x.shape[0] // change.shape[0], 0)
             if seen is not None:
                 seen(name, x)
-            added = x @ own.mT if x.ndim == 3 else (own @ x[..., None])[..., 0]
-            return output + added.to(output.dtype)
+            return output + read_change(x, own).to(output.dtype)
 
         return read
 
