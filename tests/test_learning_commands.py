@@ -173,3 +173,20 @@ def test_a_conversation_uses_the_template_of_the_model(bases: dict[str, str], tm
                          load_tokenizer("bytes")), tmp_path / "n", max_tokens=5, learns=False)  # fmt: skip
     plain.messages = [{"role": "user", "content": "Hi"}]
     assert bytes(plain.prompt()) == b"user: Hi\nassistant:"
+
+
+@pytest.mark.parametrize("name", ["llama", "hope"])
+def test_stack_trains_a_model_to_be_adapted(name: str, bases: dict[str, str], text: Path, tmp_path: Path) -> None:
+    out, memory = tmp_path / "trained", tmp_path / "memory.safetensors"
+    training = ("--from", text, "--out", out, "--steps", 8, "--rows", 2, "--length", 48, "--training-lr", 1e-2)
+    found = run("stack", bases[name], *LEVELS, *training, "--memory", memory, "--threads", 1)
+    assert found.exit_code == 0, found.output
+    loss: dict[str, float] = {}
+    for model in (bases[name], str(out)):
+        made = run("learn", model, *LEVELS, "--from", text, "--memory", tmp_path / f"{len(loss)}.st", "--json")
+        loss[model] = json.loads(made.stdout)["texts"][0]["loss"]
+    assert loss[str(out)] < loss[bases[name]] - 0.1
+    assert run("learn", str(out), "--from", text, "--memory", memory).exit_code == 0  # it is the trained model's own
+    assert "another base" in run("learn", bases[name], "--from", text, "--memory", memory).output
+    assert "exists already" in run("stack", bases[name], *training).output
+    assert "belong together" in run("stack", bases[name], "--out", tmp_path / "other").output

@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import nn
 
 from nestlearn.cli.shared import output, print_json, say, teaching, use_threads
 from nestlearn.continual.learner import ContinualLearner, encode
+from nestlearn.continual.pretraining import pretrain
 from nestlearn.memory.adaptation import Rule
 from nestlearn.models.stacking import Strategy, describe, stack_levels
 from nestlearn.training.checkpoint import load_model
@@ -41,14 +43,47 @@ def stack(
     memory: Annotated[
         Path | None, typer.Option(help="Write an empty memory here; `learn` and `chat` then take its levels.")
     ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Train the model on this with its levels at work, into --out; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the model that --from trains.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of --from.")] = 200,
+    rows: Annotated[int, typer.Option(help="Stretches of text a step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a stretch; levels with longer periods stay still.")] = 2048,
+    training_lr: Annotated[float, typer.Option(help="Learning rate of the training (AdamW).")] = 1e-3,
+    order: Annotated[int, typer.Option(help="1: what was learnt is constant; 2: through the updates.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the stretches.")] = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show which MLP blocks of a model go on which level, and what a memory takes, before any of it is spent."""
+    """Show which MLP blocks of a model go on which level, and what a memory takes, before any of it is spent.
+
+    With --from and --out the model is then trained with its levels at work, so that it learns to be adapted (continual
+    pre-training); Ctrl-C keeps what was trained. The model itself stays as it is.
+    """
+    use_threads(threads)
     if memory is not None and memory.exists():
         raise FileExistsError(f"{memory} exists already; choose another name, or go on with it by `nestlearn learn`")
-    learner = _new(model, periods, strategy, rank, lr, rule, 0, "cpu")
+    if (source is None) != (out is None):
+        raise ValueError("--from and --out belong together: what to train on, and where the trained model goes")
+    if out is not None and out.exists():
+        raise FileExistsError(f"{out} exists already; choose another folder")
+    learner = _new(model, periods, strategy, rank, lr, rule, 0, device)
     stacked = learner.model
     floats = stacked.floats_per_row(learner.rules)
+    if source is not None and out is not None:
+        say(describe(stacked))
+        settings: dict[str, Any] = {
+            "steps": steps,
+            "rows": rows,
+            "length": length,
+            "lr": training_lr,
+            "order": order,
+            "seed": seed,
+        }
+        _pretrain(learner, source, out, **settings)
     if memory is not None:
         learner.save(memory)
     if as_json:
@@ -59,6 +94,29 @@ def stack(
         return
     output().print(describe(stacked), markup=False, soft_wrap=True)
     output().print(f"in all {4 * floats / 2**20:,.1f} MiB of memory in fp32" + (f", in {memory}" if memory else ""))
+    if out is not None:
+        output().print(f"the trained model: {out}", markup=False, soft_wrap=True)
+
+
+def _pretrain(learner: ContinualLearner, source: list[str], out: Path, *, steps: int, **settings: Any) -> None:
+    """Trains the base of a learner that has read nothing, and writes it; interrupted, what there is until then."""
+    texts = [encode(learner.tokenizer, text) for name in source for text in read_documents(name, notice=say)]
+    tokens = torch.tensor([token for ids in texts for token in ids])
+    done, started, read = 0, time.perf_counter(), settings["rows"] * settings["length"]
+    with TrainingProgress(total=steps) as progress:
+
+        def show(step: int, loss: float) -> None:
+            nonlocal done
+            done = step
+            progress.update(step, loss=loss, tokens_per_second=step * read / (time.perf_counter() - started))
+
+        try:
+            pretrain(
+                learner.model, tokens, learner.rules, steps=steps, window=learner.window, progress=show, **settings
+            )
+        finally:
+            if done:
+                learner.export(out)
 
 
 @teaching
