@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from nestlearn.cli.shared import output, teaching
-from nestlearn.evaluation.reproduce import NUMBERS, TABLES, NovelsTable, Order, Scale, reproduce
+from nestlearn.evaluation.reproduce import NUMBERS, TABLES, Order, Scale, Table, reproduce
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def reproduce_table(
         seeds=seeds,
         processes=jobs,
         # Tables of language models share runs, and so their folder.
-        runs=runs or Path("runs") / f"{'novels' if isinstance(TABLES[name], NovelsTable) else name}-{scale}",
+        runs=runs or Path("runs") / f"{name if isinstance(TABLES[name], Table) else 'novels'}-{scale}",
         out=out or Path("results") / (name.replace("-", "_") + ("" if scale == "small" else f"_{scale}")),
     )
     order.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nestlearn.continual.learner import ContinualLearner
 from nestlearn.models.in_context import LevelMemory, read
-from nestlearn.models.stacking import StackedModel
+from nestlearn.models.stacking import Context, StackedModel
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,6 +29,14 @@ class Method(ABC):
     @abstractmethod
     def loss(self, tokens: Tensor) -> float:
         """Nats per predicted token of a text, ids (T,), from which nothing is learnt."""
+
+    @abstractmethod
+    def logits(self, tokens: Tensor, context: Context | None) -> tuple[Tensor, Context]:
+        """What comes next, with what was learnt: ids (1, T) and a context -> logits (1, T, V), and the context then."""
+
+    def begin(self) -> Context | None:
+        """The context in which every text begins; None for an empty one. Caches in it are changed by reading on."""
+        return None
 
     def end_domain(self) -> None:
         """A domain has ended. Only methods that must be told do anything; levels need not know."""
@@ -46,6 +54,9 @@ class Levels(Method):
 
     def loss(self, tokens: Tensor) -> float:
         return self.learner.loss(tokens)
+
+    def logits(self, tokens: Tensor, context: Context | None) -> tuple[Tensor, Context]:
+        return self.learner.model(tokens, self.learner.memory.weights, context)
 
 
 class Frozen(Method):
@@ -66,6 +77,9 @@ class Frozen(Method):
     def loss(self, tokens: Tensor) -> float:
         return _read_loss(self.reader, tokens, self.window)
 
+    def logits(self, tokens: Tensor, context: Context | None) -> tuple[Tensor, Context]:
+        return self.reader(tokens, None, context)
+
 
 class InContext(Frozen):
     """The base model with the last half window of all that was read before the text, and no other memory."""
@@ -80,6 +94,10 @@ class InContext(Frozen):
     def loss(self, tokens: Tensor) -> float:
         return _read_loss(self.reader, tokens, self.window, before=self.recent)
 
+    @torch.no_grad()
+    def begin(self) -> Context | None:
+        return self.reader(self.recent[None])[1] if len(self.recent) else None
+
 
 class FineTuning(Method):
     """An optimizer step on the mean loss of every `segment` tokens, on all weights of a copy of the base.
@@ -89,12 +107,22 @@ class FineTuning(Method):
         optimizer: makes an optimizer of parameters.
         segment: tokens of a step; its context is the segment alone.
         window: longest context when a text is only asked about.
+        trained: names of the weights that are trained, the others stay as they are; None for all.
     """
 
     def __init__(
-        self, base: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer], *, segment: int, window: int
+        self,
+        base: nn.Module,
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        *,
+        segment: int,
+        window: int,
+        trained: Collection[str] | None = None,
     ) -> None:
         self.model = self.prepare(copy.deepcopy(base))
+        if trained is not None:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in trained)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer(self.trained)
         self.reader = StackedModel(self.model, ())
@@ -123,6 +151,9 @@ class FineTuning(Method):
 
     def loss(self, tokens: Tensor) -> float:
         return _read_loss(self.reader, tokens, self.window)
+
+    def logits(self, tokens: Tensor, context: Context | None) -> tuple[Tensor, Context]:
+        return self.reader(tokens, None, context)
 
 
 class EWC(FineTuning):

@@ -3,18 +3,24 @@
 from nestlearn.evaluation.reproduce import (
     ablation,
     babilong,
+    class_incremental,
     context_use,
+    domain_streams,
     formal_languages,
     language_modeling,
     mad,
     needles,
     recall,
+    second_reading,
 )
+from nestlearn.evaluation.reproduce.continual import ContinualTable, reproduce_continual
 from nestlearn.evaluation.reproduce.novels import NovelsTable, reproduce_novels
 from nestlearn.evaluation.reproduce.runner import reproduce_tasks
 from nestlearn.evaluation.reproduce.table import Column, Order, Plan, Scale, Table
 
-TABLES: dict[str, Table | NovelsTable] = {
+AnyTable = Table | NovelsTable | ContinualTable
+
+TABLES: dict[str, AnyTable] = {
     "needles": needles.TABLE,
     "language-modeling": language_modeling.TABLE,
     "mad": mad.TABLE,
@@ -23,6 +29,9 @@ TABLES: dict[str, Table | NovelsTable] = {
     "babilong": babilong.TABLE,
     "context-use": context_use.TABLE,
     "recall": recall.TABLE,
+    "class-incremental": class_incremental.TABLE,
+    "domain-streams": domain_streams.TABLE,
+    "second-reading": second_reading.TABLE,
 }
 # By what they are called in the paper.
 NUMBERS = {
@@ -31,12 +40,14 @@ NUMBERS = {
     "table4": "mad",
     "table5": "formal-languages",
     "table6": "ablation",
+    "figure6": "class-incremental",
+    "figure8": "domain-streams",
     "figure9": "babilong",
     "figure10": "context-use",
 }
 
 
-def reproduce(table: Table | NovelsTable, order: Order) -> str:
+def reproduce(table: AnyTable, order: Order) -> str:
     """Runs what is not done yet of a table and writes `out`.json, `out`.md and `out`.png.
 
     Returns:
@@ -47,7 +58,20 @@ def reproduce(table: Table | NovelsTable, order: Order) -> str:
         FileNotFoundError: if data that a task needs are not there.
         JobsFailed: if runs failed; the others are kept.
     """
+    if isinstance(table, ContinualTable):
+        return reproduce_continual(table, order)
     return reproduce_novels(table, order) if isinstance(table, NovelsTable) else reproduce_tasks(table, order)
 
 
-__all__ = ["NUMBERS", "TABLES", "Column", "NovelsTable", "Order", "Plan", "Scale", "Table", "reproduce"]
+__all__ = [
+    "NUMBERS",
+    "TABLES",
+    "Column",
+    "ContinualTable",
+    "NovelsTable",
+    "Order",
+    "Plan",
+    "Scale",
+    "Table",
+    "reproduce",
+]
