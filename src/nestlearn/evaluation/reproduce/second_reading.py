@@ -60,8 +60,8 @@ def page(records: Sequence[Record], _: Sequence[Record], plan: ContinualPlan) ->
     header = ["pages", "method", "chosen", "seeds", "frozen", "second reading", "gain", "base domain", "most of gain"]
     return (
         f"Fifty pages of {PAGE:,} bytes, half of them Kalamang and half Python, read twice; losses in nats per byte. "
-        "In the second reading each segment is predicted before it is learnt from again; for methods without levels it is "
-        "the loss after the first one. The base domain is the rise of the loss on other novels after both, and the "
+        "In the second reading each segment is predicted before it is learnt from again; for methods without levels it "
+        "is the loss after the first one. The base domain is the rise of the loss on other novels after both, and the "
         "last column its largest share of the gain over seeds.\n\n" + markdown_table(header, rows)
     )
 
