@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -357,3 +358,30 @@ def test_generation_in_inference_mode_leaves_a_learner_that_learns() -> None:
     with torch.inference_mode():
         given.generate("The cat", 3, do_sample=False)
     assert math.isfinite(given.observe(TEXT).loss)
+
+
+def test_a_learner_that_is_killed_while_it_saves_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "memory.safetensors"
+    given = learner()
+    given.observe(TEXT[:40])
+    given.save(path)
+    whole = path.read_bytes()
+    # Another process goes on with it and dies while it writes: before the file is on the disk, or has its name.
+    script = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_learner import TEXT, learner
+given = learner()
+given.load(sys.argv[1])
+given.observe(TEXT)
+setattr(os, sys.argv[3], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+given.save(sys.argv[1])
+"""
+    for moment in ("fsync", "replace"):
+        words = [sys.executable, "-c", script, str(path), str(Path(__file__).parent), moment]
+        done = subprocess.run(words, capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert path.read_bytes() == whole
+    again = learner()
+    again.load(path)
+    assert again.memory.tokens == 40
