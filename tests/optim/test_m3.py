@@ -26,7 +26,7 @@ def plain_newton_schulz(x: Tensor, steps: int) -> Tensor:
 
 
 def algorithm_1(w: Tensor, gradients: list[Tensor], lr: float, *, betas, alpha, period, ns_steps, eps) -> Tensor:
-    """Algorithm 1 line by line, its outer loop over k and its inner loop over t; line 3 without the doubled gradient."""
+    """Algorithm 1 line by line, loops over k and t; line 3 without the gradient that it counts twice."""
     m1, m2, v = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
     for k in range(-(-len(gradients) // period)):
         m2 = m2 + betas[2] * sum(gradients[max(0, k - 1) * period : k * period], torch.zeros_like(w))

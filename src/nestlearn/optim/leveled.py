@@ -255,6 +255,9 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _gather(self, group: dict[str, Any]) -> None:
         """mean <- mean + (gradient - mean) / n, in at least float32."""
+        gather_inputs = getattr(self.optimizer, "gather_inputs", None)
+        if gather_inputs is not None:  # an optimizer that also learns from the layers' inputs
+            gather_inputs(group)
         for parameter in group["params"]:
             gradient = parameter.grad
             if gradient is None:

@@ -112,8 +112,8 @@ def m3_step(
 def _orthogonalize(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
     """Newton-Schulz of each matrix or stack; those of one shape, lying or standing, go through it together.
 
-    bf16 on a GPU, where the products are fast and the iteration bears it; as they are elsewhere. Each process that holds
-    a shard of a matrix needs the whole for it, and keeps its own part of the result.
+    bf16 on a GPU, where the products are fast and the iteration bears it; as they are elsewhere. A process that holds a
+    shard of a matrix needs the whole for it, and keeps its own part of the result.
     """
     found: dict[int, Tensor] = {}
     full = [whole(matrix) for matrix in matrices]

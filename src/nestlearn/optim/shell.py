@@ -1,4 +1,4 @@
-"""What all optimizers here share: which gradients they take, what they say of a foreign state, and how they see shards."""
+"""What all optimizers here share: the gradients they take, what they say of a foreign state, how they see shards."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NonFinite = Literal["raise", "skip"]
 class MemoryOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` that updates a group at a time and never spreads a broken gradient.
 
-    Subclasses write `update_group`. State has at least fp32 precision, whatever the parameters have, and comes back from
-    a state dict bit for bit. The caller's gradients are never changed.
+    Subclasses write `update_group`. State has at least fp32 precision, whatever the parameters have, and comes back
+    from a state dict bit for bit. The caller's gradients are never changed.
 
     Args:
         params: as `torch.optim` takes them; no group may be empty.
@@ -79,8 +79,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
         try:
             if not group["params"]:
                 raise ValueError(
-                    f"parameter group {len(self.param_groups) - 1} is empty: expected one or more parameters; leave out "
-                    "a group without any"
+                    f"parameter group {len(self.param_groups) - 1} is empty: expected one or more parameters; leave "
+                    "out a group without any"
                 )
             for parameter in group["params"]:
                 if parameter.is_complex():
@@ -120,10 +120,10 @@ class MemoryOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                held = self.state[parameter].get(name)
-                # torch.optim casts a state to its parameter's dtype, which would round that of a bf16 parameter.
-                if torch.is_tensor(held) and held.dtype != value.dtype:
-                    self.state[parameter][name] = value.to(device=parameter.device, copy=True)
+                if torch.is_tensor(value):
+                    # torch.optim keeps the caller's tensors, or casts them to the parameter's dtype, which rounds.
+                    device = value.device if name == "step" else parameter.device
+                    self.state[parameter][name] = value.to(device=device, copy=True)
 
     def state_shape(self, parameter: Tensor, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor of the state, None where it may have any."""
@@ -193,8 +193,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
         names = ", ".join(name for _, name in broken[:3]) or "a part of a gradient on another process"
         if any(group["nonfinite"] == "raise" for group in self.param_groups):
             raise ValueError(
-                f"the gradient of {names} is not finite, so nothing was moved; look for the cause (a learning rate that "
-                "is too high, a division by zero), or let such steps pass with nonfinite='skip'"
+                f"the gradient of {names} is not finite, so nothing was moved; look for the cause (a learning rate "
+                "that is too high, a division by zero), or let such steps pass with nonfinite='skip'"
             )
         warnings.warn(f"step skipped: the gradient of {names} is not finite", RuntimeWarning, stacklevel=4)
         return False
@@ -202,7 +202,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _all_finite(gradients: list[Tensor]) -> bool:
         parts = [local(g) for g in gradients]
-        # One norm is enough to see anything that is not finite; a finite gradient whose square is not is looked at whole.
+        # A norm shows anything that is not finite; a finite gradient whose square overflows is looked at whole.
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts)])
         fine = bool(norms.isfinite().all()) or all(bool(part.isfinite().all()) for part in parts)
         if any(isinstance(g, DTensor) for g in gradients):
