@@ -23,7 +23,7 @@ from nestlearn.optim.shell import MemoryOptimizer
 # A new optimizer joins all tests by a line here.
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "m3": lambda model: M3(model.parameters(), lr=0.01, period=3),
-    "m3 paper": lambda model: M3(model.parameters(), lr=1e-4, period=3, form="paper"),
+    "m3 paper": lambda model: M3(model.parameters(), lr=3e-4, period=3, form="paper"),
     "m3 sorted": lambda model: M3.for_model(model, lr=0.01, period=3, notice=lambda text: None),
     "dgd": lambda model: DeltaGradientDescent(model, lr=0.1, momentum=0.5, weight_decay=0.1),
     "dgd delta": lambda model: DeltaGradientDescent(model, lr=0.1, rule="delta"),

@@ -99,7 +99,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if it is the state of another optimizer, or of other parameters.
         """
-        own = {name for name in self.defaults if name != "params"}
+        own = {name for name in self.defaults if name != "differentiable"}  # which torch.optim adds when it is copied
         for saved in state_dict["param_groups"]:
             missing = sorted(own - set(saved))
             if missing:
@@ -190,7 +190,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         if not found or self._all_finite(found):
             return True
         broken = [(g, name) for g, name, p in self._with_gradients() if not bool(local(p.grad).isfinite().all())]
-        names = ", ".join(name for _, name in broken[:3]) or "a part of a gradient on another process"
+        names = ", ".join(name for _, name in broken[:3]) or "a shard on another process"
         if any(group["nonfinite"] == "raise" for group in self.param_groups):
             raise ValueError(
                 f"the gradient of {names} is not finite, so nothing was moved; look for the cause (a learning rate "
