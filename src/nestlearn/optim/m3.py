@@ -38,11 +38,11 @@ def m3_step(
     steps: Sequence[int],
     lr: float,
     form: Form = "ema",
-    betas: tuple[float, float, float] = (0.95, 0.95, 0.9),
-    alpha: float = 0.5,
+    betas: tuple[float, float, float] = (0.9, 0.95, 0.5),
+    alpha: float = 0.2,
     period: int = 16,
     ns_steps: int = 5,
-    eps: float = 1e-2,
+    eps: float = 1.0,
     weight_decay: float = 0.0,
 ) -> None:
     """One step of M3 on matrices, in place.
@@ -158,7 +158,9 @@ class M3(MemoryOptimizer):
         alpha: weight of the slow direction, at least 0.
         period: f, steps between two changes of the slow direction.
         ns_steps: Newton-Schulz iterations.
-        eps: added to the root of the second moment; in the "ema" form relative to the root of its mean.
+        eps: added to the root of the second moment, None for 1e-8; in the "ema" form relative to the root of its mean,
+            None for 1: an entry whose gradients are small is then enlarged to at most twice what one of average
+            gradients gets.
         weight_decay: times `lr`, apart from the step.
         adamw_betas, adamw_eps: of the parameters that AdamW moves.
         nonfinite: "raise" or "skip", for gradients that are not finite.
@@ -178,8 +180,8 @@ class M3(MemoryOptimizer):
         lr: float = 1e-3,
         *,
         form: Form = "ema",
-        betas: tuple[float, float, float] = (0.95, 0.95, 0.9),
-        alpha: float = 0.5,
+        betas: tuple[float, float, float] = (0.9, 0.95, 0.5),
+        alpha: float = 0.2,
         period: int = 16,
         ns_steps: int = 5,
         eps: float | None = None,
@@ -195,7 +197,7 @@ class M3(MemoryOptimizer):
             "alpha": alpha,
             "slow_period": period,
             "ns_steps": ns_steps,
-            "eps": (1e-2 if form == "ema" else 1e-8) if eps is None else eps,
+            "eps": (1.0 if form == "ema" else 1e-8) if eps is None else eps,
             "weight_decay": weight_decay,
             "rule": "m3",
             "adamw_betas": adamw_betas,
