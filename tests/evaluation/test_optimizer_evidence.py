@@ -89,8 +89,18 @@ def test_orthogonal_tasks_run(tmp_path, monkeypatch) -> None:
     run(orthogonal_tasks, monkeypatch, *words, "--out", tmp_path / "t", "--runs", tmp_path / "runs")
     report = json.loads((tmp_path / "t.json").read_text())
     assert len(report["runs"]) == 2 * 2 * 2
+    assert len(report["tuning"]) == 2 * 2 * len(orthogonal_tasks.LARGE)
     assert "## two layers" in (tmp_path / "t.md").read_text()
     assert (tmp_path / "t.png").exists()
+
+
+@pytest.mark.parametrize("network", orthogonal_tasks.NETWORKS)
+@pytest.mark.parametrize("name", orthogonal_tasks.OPTIMIZERS)
+def test_every_optimizer_learns_its_tasks(name: str, network: str) -> None:
+    job = {"dim": 8, "tasks": 2, "steps": 3, "seed": 0, "network": network, "optimizer": name}
+    found = orthogonal_tasks.learn_tasks({**job, "lr": orthogonal_tasks.OPTIMIZERS[name][1][0]})
+    assert len(found["end"]) == len(found["learnt"]) == 2
+    assert all(math.isfinite(error) for error in found["end"])
 
 
 def test_a_linear_map_under_plain_descent_forgets_nothing() -> None:

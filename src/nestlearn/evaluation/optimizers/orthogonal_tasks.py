@@ -95,7 +95,8 @@ def learn_tasks(job: Job) -> Record:
     torch.manual_seed(job["seed"])
     model: nn.Module = nn.Sequential(nn.Linear(job["dim"], OUTPUTS, bias=False))
     if job["network"] == "two layers":
-        model = nn.Sequential(nn.Linear(job["dim"], job["dim"]), nn.SiLU(), nn.Linear(job["dim"], OUTPUTS))
+        layers = [nn.Linear(job["dim"], width, bias=False) for width in (job["dim"], OUTPUTS)]
+        model = nn.Sequential(layers[0], nn.SiLU(), layers[1])
     make, _ = OPTIMIZERS[job["optimizer"]]
     optimizer = make(model, job["lr"])
     learnt: list[float] = []
@@ -114,6 +115,18 @@ def learn_tasks(job: Job) -> Record:
     end = [tasks.test(model, task) for task in range(job["tasks"])]
     every = max(1, len(first) // 200)
     return {"learnt": learnt, "end": end, "first": [first[i] for i in range(every - 1, len(first), every)]}
+
+
+def tune_and_learn(job: Job) -> Record:
+    """`learn_tasks` with each of the job's rates and a seed for that, then with the best of them and the other seeds."""
+    sizes = {name: job[name] for name in ("network", "optimizer", "dim", "tasks", "steps")}
+    tuning = [_run({**sizes, "lr": lr, "seed": TUNING_SEED}) for lr in job["rates"]]
+    lr = min(tuning, key=final_error)["job"]["lr"]
+    return {"tuning": tuning, "runs": [_run({**sizes, "lr": lr, "seed": seed}) for seed in range(job["seeds"])]}
+
+
+def _run(job: Job) -> Record:
+    return {"job": job, **learn_tasks(job)}
 
 
 def final_error(record: Record) -> float:
@@ -173,22 +186,20 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 def compare(names: Sequence[str], *, scale: str, seeds: int, out: Path, runs: Path, processes: int) -> str:
     """Runs what is not done yet and writes `out`.json, `out`.md and `out`.png; returns the page."""
-    settings = SIZES[scale]
-
-    def make_job(network: str, name: str, lr: float, seed: int) -> Job:
-        label = "-".join([network.replace(" ", "_"), name.replace(" ", "_").replace(",", ""), f"lr{lr:g}-seed{seed}"])
-        return {"name": label, "network": network, "optimizer": name, "lr": lr, "seed": seed, **settings}
-
-    pairs = [(network, name) for network in NETWORKS for name in names]
-    jobs = [make_job(*pair, lr, TUNING_SEED) for pair in pairs for lr in OPTIMIZERS[pair[1]][1]]
-    tuning = run_jobs(learn_tasks, jobs, runs, processes=processes)
-    best: dict[tuple[str, str], Record] = {}
-    for record in tuning:
-        key = (record["job"]["network"], record["job"]["optimizer"])
-        if key not in best or final_error(record) < final_error(best[key]):
-            best[key] = record
-    jobs = [make_job(*pair, best[pair]["job"]["lr"], seed) for seed in range(seeds) for pair in pairs]
-    records = run_jobs(learn_tasks, jobs, runs, processes=processes)
+    settings = {**SIZES[scale], "seeds": seeds}
+    jobs = [
+        {
+            "name": f"{network}-{name}".replace(" ", "_").replace(",", ""),
+            "network": network,
+            "optimizer": name,
+            "rates": OPTIMIZERS[name][1],
+            **settings,
+        }
+        for network in NETWORKS
+        for name in names
+    ]
+    found = run_jobs(tune_and_learn, jobs, runs, processes=processes)
+    tuning, records = ([record for own in found for record in own[key]] for key in ("tuning", "runs"))
     figure = out.with_name(out.name + ".png")
     plot(records, figure)
     tried = "; ".join(f"{name} {', '.join(f'{lr:g}' for lr in OPTIMIZERS[name][1])}" for name in names)
@@ -197,8 +208,8 @@ def compare(names: Sequence[str], *, scale: str, seeds: int, out: Path, runs: Pa
         f"Scale {scale}. {settings['tasks']} regression tasks of {settings['steps']} steps each, one after another, "
         f"batch {BATCH}; inputs of {settings['dim']} numbers, those of each task in a subspace of its own at right "
         f"angles to the others. Errors are mean squared errors over the targets' variance; forgotten is by how much "
-        f"those of all tasks but the last have grown since each was learnt. The learning rate, constant, has the lowest "
-        f"error at the end, for a seed of its own, of: {tried}. ± is the standard error over {seeds} seeds."
+        f"those of all tasks but the last have grown since each was learnt. The learning rate, constant, has the "
+        f"lowest error at the end, for a seed of its own, of: {tried}. ± is the standard error over {seeds} seeds."
         f"\n\n{tables}\n\n![error on the first task]({figure.name})"
     )
     return write_report(out, "Orthogonal tasks", text, {"scale": scale, "tuning": tuning, "runs": records})
