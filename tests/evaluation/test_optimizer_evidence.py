@@ -89,7 +89,7 @@ def test_orthogonal_tasks_run(tmp_path, monkeypatch) -> None:
     run(orthogonal_tasks, monkeypatch, *words, "--out", tmp_path / "t", "--runs", tmp_path / "runs")
     report = json.loads((tmp_path / "t.json").read_text())
     assert len(report["runs"]) == 2 * 2 * 2
-    assert len(report["tuning"]) == 2 * 2 * len(orthogonal_tasks.LARGE)
+    assert len(report["tuning"]) == 2 * sum(len(orthogonal_tasks.OPTIMIZERS[name][1]) for name in ("sgd", "dgd"))
     assert "## two layers" in (tmp_path / "t.md").read_text()
     assert (tmp_path / "t.png").exists()
 

@@ -47,8 +47,8 @@ OPTIMIZERS: Mapping[str, tuple[Build, tuple[float, ...]]] = {
     "preconditioned momentum": (lambda m, lr: PreconditionedMomentum(m.parameters(), lr), LARGE),
     "higher-order momentum": (lambda m, lr: HigherOrderMomentum(m.parameters(), lr), LARGE),
     "deep momentum": (lambda m, lr: DeepMomentum(m.parameters(), lr), SMALL),
-    "dgd": (lambda m, lr: DeltaGradientDescent(m, lr), LARGE),
-    "dgd delta": (lambda m, lr: DeltaGradientDescent(m, lr, rule="delta"), LARGE),
+    "dgd": (lambda m, lr: DeltaGradientDescent(m, lr), (*LARGE, 3.0, 10.0)),
+    "dgd delta": (lambda m, lr: DeltaGradientDescent(m, lr, rule="delta"), (*LARGE, 3.0)),
     "dgd delta, momentum": (lambda m, lr: DeltaGradientDescent(m, lr, rule="delta", momentum=0.9), LARGE),
 }
 NETWORKS = ("linear", "two layers")
@@ -118,7 +118,7 @@ def learn_tasks(job: Job) -> Record:
 
 
 def tune_and_learn(job: Job) -> Record:
-    """`learn_tasks` with each of the job's rates and a seed for that, then with the best of them and the other seeds."""
+    """`learn_tasks` with each of the job's rates and a seed for that, then with the best rate and the other seeds."""
     sizes = {name: job[name] for name in ("network", "optimizer", "dim", "tasks", "steps")}
     tuning = [_run({**sizes, "lr": lr, "seed": TUNING_SEED}) for lr in job["rates"]]
     lr = min(tuning, key=final_error)["job"]["lr"]
