@@ -10,7 +10,7 @@ import pytest
 import torch
 
 SCRIPT = textwrap.dedent("""
-    import os, sys
+    import gc, os, sys
     from pathlib import Path
 
     import torch
@@ -94,6 +94,7 @@ SCRIPT = textwrap.dedent("""
     if rank == 0:
         torch.save(found, folder / f"{'-'.join(hows)}.pt")
     if ranks > 1:
+        gc.collect()  # nothing of DistributedDataParallel may outlive the group
         dist.barrier()
         dist.destroy_process_group()
 """)
