@@ -32,6 +32,10 @@ FIGURES = {
     "decode_batch_1": f"decode --mixers {ONE} --lengths 100,2048,100000 --batch 1 {SIZE} --alternations 5",
     "decode_batch_8": f"decode --mixers {ONE} --lengths 100,2048 --batch 8 {SIZE} --alternations 5",
     "optimizer": "optimizer --dims 128,256,512 --depth 4 --heads 4 --threads 2 --alternations 9",
+    # The small preset's matrices, and those of a Transformer of its size, whose steps are nearly all matrix products.
+    "optimizer_small": "optimizer --optimizers m3 --dims 320 --depth 6 --heads 5 --threads 2 --alternations 5",
+    "optimizer_small_transformer": "optimizer --mixer plain_attention --optimizers m3 --dims 320 --depth 6 --heads 5 "
+    "--threads 2 --alternations 5",
 }
 
 

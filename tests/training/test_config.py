@@ -64,6 +64,9 @@ def test_toml_reads_back_what_was_written(value):
         ("[training]\nlr = -1.0", "training.lr: expected more than 0"),
         ("[training]\nmin_lr_ratio = 2.0", "training.min_lr_ratio: expected from 0 to 1"),
         ("[training]\nbetas = [0.9, 1.0]", "training.betas: expected two numbers in"),
+        ('[training]\noptimizer = "sgd"', "training.optimizer: expected adamw, m3 or dgd, got 'sgd'"),
+        ('[training]\noptimizer = "dgd"\ncompile = true', "training.compile: expected false with optimizer = 'dgd'"),
+        ("[training]\nothers_lr = -1.0", "training.others_lr: expected at least 0"),
         ("[training]\nclip = -0.5", "training.clip: expected at least 0"),
         ('[training]\nprecision = "fp16"', "training.precision: expected auto, fp32, bf16 or fp64"),
         (

@@ -23,6 +23,10 @@ OPTIMIZERS_LEGEND = (
     "ratio: time over AdamW's in the same turn, median (least-most). MB: the optimizer's state. floor: time over that "
     "of moving what AdamW must."
 )
+BARE_LINE = (
+    "m3's step takes {bare_ratio:.2f} ({bare_ratio_min:.2f}-{bare_ratio_max:.2f}) times one bare Newton-Schulz pass "
+    "over the same matrices and a step of AdamW; its state has {state_floats:.0f} numbers a parameter."
+)
 
 
 def benchmark_lines(report: dict[str, Any]) -> Iterator[str]:
@@ -46,7 +50,7 @@ def benchmark_lines(report: dict[str, Any]) -> Iterator[str]:
             yield _line(
                 name,
                 short(row["milliseconds"]),
-                short(row["nanoseconds"] if optimizers else row["tokens_per_second"]),
+                short(row["nanoseconds"] if "optimizer" in row else row["tokens_per_second"]),
                 _ratio(row["ratio"]),
                 f"({_ratio(row['ratio_min'])}-{_ratio(row['ratio_max'])})",
                 short(row["state_megabytes"] if optimizers else row.get("growth_megabytes")),
@@ -54,11 +58,15 @@ def benchmark_lines(report: dict[str, Any]) -> Iterator[str]:
                 f"{_ratio(row['over_floor'])}x",
             )
             yield from (f"  {detail}" for detail in details)
+            if "bare_ratio" in row:
+                yield from textwrap.wrap(BARE_LINE.format(**row), WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield ""
     yield from textwrap.wrap(OPTIMIZERS_LEGEND if optimizers else MODELS_LEGEND, WIDTH)
 
 
 def _size_of(row: dict[str, Any]) -> str:
+    if row.get("training"):
+        return "training step, to SGD"
     return f"{row['parameters']:,} numbers" if "optimizer" in row else f"T {row['tokens']:,}, batch {row['batch']}"
 
 

@@ -139,6 +139,10 @@ def bench_optimizer(
     depth: Depth = 4,
     heads: Heads = 4,
     turn_steps: Annotated[int, typer.Option(help="Steps that each optimizer makes in its turn.")] = 16,
+    training_batch: Annotated[
+        int, typer.Option(help="Sequences of a training step under SGD and delta gradient descent; 0 leaves it out.")
+    ] = 4,
+    training_tokens: Annotated[int, typer.Option(help="Tokens of each of them.")] = 512,
     alternations: Alternations = 5,
     threads: Threads = 2,
     device: Device = "cpu",
@@ -148,7 +152,9 @@ def bench_optimizer(
 ) -> None:
     """Time a step of each optimizer on the same parameters and gradients, compared with AdamW.
 
-    An optimizer that does not go on from its saved state bit for bit is refused.
+    M3 is also compared with one bare Newton-Schulz pass over its matrices and a step of AdamW, and a training step
+    under delta gradient descent with one under SGD. An optimizer that does not go on from its saved state bit for bit
+    is refused.
     """
     settings = OptimizerBenchmark(
         optimizers=tuple(name.strip() for name in optimizers.split(",")),
@@ -157,6 +163,8 @@ def bench_optimizer(
         depth=depth,
         heads=heads,
         turn_steps=turn_steps,
+        training_batch=training_batch,
+        training_tokens=training_tokens,
         alternations=alternations,
         threads=threads,
         device=device,

@@ -62,6 +62,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="What moves matrices: adamw (the default), m3 or dgd; AdamW moves the rest.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate after warm-up.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the initial weights and the order of the data.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
@@ -112,6 +115,7 @@ def train(
             "steps": steps,
             "batch_size": batch_size,
             "sequence_length": sequence_length,
+            "optimizer": optimizer,
             "lr": lr,
             "seed": seed,
             "device": device,

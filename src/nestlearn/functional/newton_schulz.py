@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 # The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end within about 0.7 to 1.2.
@@ -39,10 +40,11 @@ def newton_schulz(
         raise ValueError(f"steps: expected 0 or more, got {steps}")
     a, b, c = coefficients
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + eps)
+    x = (matrix.mT if tall else matrix).reshape(-1, *sorted(matrix.shape[-2:]))
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + eps)
     for _ in range(steps):
         gram = x @ x.mT
-        polynomial = b * gram + c * (gram @ gram) if c else b * gram
-        x = a * x + polynomial @ x
-    return x.mT if tall else x
+        # b gram + c gram^2, and a x + (...) x: each one fused product and sum.
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape)

@@ -92,7 +92,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: If ``level_parameters()`` does not name each trainable parameter exactly once.
         """
-        levels = _levels_of(model)
+        levels = levels_of(model)
         exempt_ids = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
         memories = [m for m in model.modules() if isinstance(m, (MLPMemory, MatrixMemory))]
         exempt_ids |= {id(parameter) for memory in memories for parameter in memory.parameters()}
@@ -255,6 +255,9 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _gather(self, group: dict[str, Any]) -> None:
         """mean <- mean + (gradient - mean) / n, in at least float32."""
+        gather_inputs = getattr(self.optimizer, "gather_inputs", None)
+        if gather_inputs is not None:  # an optimizer that also learns from the layers' inputs
+            gather_inputs(group)
         for parameter in group["params"]:
             gradient = parameter.grad
             if gradient is None:
@@ -286,7 +289,7 @@ def _level(group: dict[str, Any]) -> Level:
     return Level("parameter group", group["period"], unit)
 
 
-def _levels_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Parameter]]]:
+def levels_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Parameter]]]:
     """Period -> named trainable parameters of `model`, each exactly once."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not hasattr(model, "level_parameters"):

@@ -57,10 +57,13 @@ class TrainingConfig:
             or the number of processes does not change what is computed.
         sequence_length: Tokens per sequence.
         accumulate: Micro-batches per step and process; more need less memory.
+        optimizer: What moves matrices: ``"adamw"``, ``"m3"`` or ``"dgd"`` (see `nestlearn.optim`); AdamW moves the
+            rest.
         lr: Learning rate after warm-up.
+        others_lr: That of parameters which ``"m3"`` and ``"dgd"`` leave to AdamW; 0: `lr`.
         min_lr_ratio: The cosine ends at ``lr * min_lr_ratio``, in [0, 1].
         warmup: Steps of linear warm-up.
-        weight_decay: AdamW's, on matrices only (see `LevelOptimizer.for_model`).
+        weight_decay: On matrices only (see `LevelOptimizer.for_model`).
         betas: AdamW's.
         clip: Largest norm of the gradient of one step, before slow levels gather it; 0: no clipping.
         log_every: Steps per line of the log; its loss is the mean over them.
@@ -82,7 +85,9 @@ class TrainingConfig:
     batch_size: int = 16
     sequence_length: int = 512
     accumulate: int = 1
+    optimizer: str = "adamw"
     lr: float = 2e-3
+    others_lr: float = 0.0
     min_lr_ratio: float = 0.1
     warmup: int = 50
     weight_decay: float = 0.1
@@ -106,9 +111,14 @@ class TrainingConfig:
             _need(getattr(self, name) >= 1, f"training.{name}", "at least 1", self)
         for name in ("warmup", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "threads", "seed"):
             _need(getattr(self, name) >= 0, f"training.{name}", "at least 0", self)
-        for name in ("weight_decay", "clip"):
+        for name in ("weight_decay", "clip", "others_lr"):
             _need(0 <= getattr(self, name) < math.inf, f"training.{name}", "at least 0 and finite", self)
         _need(0 < self.lr < math.inf, "training.lr", "more than 0 and finite", self)
+        _need(self.optimizer in ("adamw", "m3", "dgd"), "training.optimizer", "adamw, m3 or dgd", self)
+        if self.optimizer == "dgd" and self.compile:
+            raise ValueError(
+                "training.compile: expected false with optimizer = 'dgd', which watches the model's layers"
+            )
         _need(0 <= self.min_lr_ratio <= 1, "training.min_lr_ratio", "from 0 to 1", self)
         _need(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from nestlearn.models import HopeConfig, HopeLM
-from nestlearn.optim.leveled import LevelOptimizer
 from nestlearn.training.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from nestlearn.training.config import DataConfig, RunConfig, TrainingConfig
 from nestlearn.training.data import (
@@ -30,6 +29,7 @@ from nestlearn.training.data import (
 )
 from nestlearn.training.distributed import Processes, join_processes
 from nestlearn.training.held_out import Evaluation, SummedLoss, choose_precision, evaluate
+from nestlearn.training.optimizers import build_optimizer
 from nestlearn.training.process import prepare_process
 from nestlearn.training.progress import TrainingProgress
 from nestlearn.training.session import (
@@ -125,7 +125,7 @@ def train(
         model.to(device=processes.device, dtype=torch.float64 if precision is torch.float64 else None)
         if config.activation_checkpointing:
             model.set_activation_checkpointing(True)  # type: ignore[operator]
-        optimizer = LevelOptimizer.for_model(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
+        optimizer = build_optimizer(model, config, notice)
         corpus = "-".join(side.documents.fingerprint() for side in (training_side, held_out_side))
         progress: dict[str, Any] = {"corpus": corpus, "seconds": 0.0, "losses": 0.0, "count": 0}
         progress |= {"loss": None, "held_out": None, "evaluated": None}

@@ -162,7 +162,7 @@ class Session:
             )
         rate = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_ratio", 1.0)
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
         micro = _split(batch.to(processes.device), config.accumulate)

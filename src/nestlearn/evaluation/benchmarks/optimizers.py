@@ -1,7 +1,12 @@
-"""One step of each optimizer on the same parameters and gradients, as a ratio to AdamW."""
+"""One step of each optimizer on the same parameters and gradients, as a ratio to AdamW.
+
+Two costs have a floor of their own and are compared with it in the same turns: M3's step with one bare Newton-Schulz
+pass over the same matrices and a step of AdamW, and a training step under delta gradient descent with one under SGD.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +19,10 @@ from nestlearn.evaluation.benchmarks.machine import Machine, Needs
 from nestlearn.evaluation.benchmarks.run import Report, Save, measuring, quiet
 from nestlearn.evaluation.benchmarks.settings import CommonSettings, at_least_one, model_config, several
 from nestlearn.evaluation.benchmarks.turns import Notice, Progress, take_turns, timing_row
-from nestlearn.evaluation.benchmarks.work import FLOAT, Work
+from nestlearn.evaluation.benchmarks.work import FLOAT, Work, training_work
+from nestlearn.functional import newton_schulz
 from nestlearn.models import HopeConfig, HopeLM
-from nestlearn.optim import LevelOptimizer
+from nestlearn.optim import M3, DeltaGradientDescent, LevelOptimizer
 
 Build = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -28,6 +34,15 @@ OPTIMIZERS: dict[str, Build] = {
     BASELINE: lambda model: torch.optim.AdamW(model.parameters(), lr=LR),
     "adamw_fused": lambda model: torch.optim.AdamW(model.parameters(), lr=LR, fused=True),
     "level": lambda model: LevelOptimizer.for_model(model, lr=LR),
+    "m3": lambda model: M3.for_model(model, lr=LR, notice=quiet),
+}
+# Beside M3: what its step cannot do without.
+BARE = "newton_schulz"
+# What needs the inputs of the layers is timed in a training step, beside the first of these.
+TRAININGS: dict[str, Build] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=LR),
+    "dgd": lambda model: DeltaGradientDescent(model, lr=LR, others="sgd"),
+    "dgd_delta": lambda model: DeltaGradientDescent(model, lr=LR, others="sgd", rule="delta"),
 }
 
 
@@ -40,6 +55,8 @@ class OptimizerBenchmark(CommonSettings):
         model: whose parameters, as in `ModelBenchmark.models`.
         dims: D, widths of the model, one size of the benchmark each.
         turn_steps: steps in a turn; many, since slow levels and slow parts of optimizers work at some steps only.
+        training_batch, training_tokens: B and T of the training steps under `TRAININGS`; B of 0 leaves them out.
+        training_steps: of them in a turn.
 
     Raises:
         ValueError: for an unknown optimizer, mixer or setting, or a number out of range.
@@ -49,6 +66,9 @@ class OptimizerBenchmark(CommonSettings):
     model: str = "self_modifying_titans"
     dims: tuple[int, ...] = (256,)
     turn_steps: int = 16
+    training_batch: int = 4
+    training_tokens: int = 512
+    training_steps: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +78,10 @@ class OptimizerBenchmark(CommonSettings):
                 raise ValueError(f"optimizers: expected names among {', '.join(others)}; got {name!r}")
         if len(set(self.optimizers)) < len(self.optimizers) or not self.optimizers:
             raise ValueError(f"optimizers: expected one or more different names, got {', '.join(self.optimizers)}")
-        at_least_one("turn_steps", self.turn_steps)
+        for name in ("turn_steps", "training_steps"):
+            at_least_one(name, getattr(self, name))
+        if self.training_batch:
+            several("training_tokens", (self.training_tokens,), least=2)
         several("dims", self.dims, least=1)
         for dim in self.dims:
             self.config(dim)
@@ -109,8 +132,10 @@ def benchmark_optimizers(settings: OptimizerBenchmark, *, notice: Notice = quiet
 
     Returns:
         As `benchmark_models`; a row for each width and optimizer: optimizer, dim, parameters, nanoseconds (per
-        parameter), state_megabytes (gathered gradients included), all of `nestlearn.evaluation.benchmarks.turns.
-        timing_row`. The floor is AdamW's for all: weight, gradient and two moments read, three of them written.
+        parameter), state_megabytes (gathered gradients included), state_floats (per parameter, the most that one has),
+        all of `nestlearn.evaluation.benchmarks.turns.timing_row`. The floor is AdamW's for all: weight, gradient and
+        two moments read, three of them written. "m3" has bare_ratio, bare_ratio_min and bare_ratio_max too, its time
+        over that of `BARE`. Rows with training true are whole training steps, as ratios to SGD's.
 
     Raises:
         NotEqual: if an optimizer is wrong; nothing was timed then.
@@ -119,11 +144,16 @@ def benchmark_optimizers(settings: OptimizerBenchmark, *, notice: Notice = quiet
     for name in names:
         notice(f"{name}: does it go on from a saved state bit for bit?")
         check_optimizer(name, settings.config(settings.dims[0]), seed=settings.seed)
+    if settings.training_batch:
+        notice("dgd: is its step the least of what it minimises?")
+        check_delta_gradient_descent(settings.seed)
     with measuring(settings, "optimizer", notice) as (report, machine):
-        total = len(names) * (settings.alternations + 1) * sum(dim * dim for dim in settings.dims)
-        progress = Progress(total, notice)
+        kinds = len(names) + ("m3" in names) + (len(TRAININGS) if settings.training_batch else 0)
+        progress = Progress(kinds * (settings.alternations + 1) * sum(dim * dim for dim in settings.dims), notice)
         for dim in settings.dims:
             report["rows"] += _point(settings, names, dim, machine, progress)
+            if settings.training_batch:
+                report["rows"] += _training_point(settings, dim, machine, progress)
             save(report)
         report["complete"] = True
         save(report)
@@ -142,6 +172,8 @@ def _point(
         needs = Needs(linear_flops=0.0, mixer_flops=0.0, bytes=7 * FLOAT * model.num_parameters())
         works[name] = Work(step=optimizers[name].step, tokens=0, needs=needs)
     parameters = model.num_parameters()
+    if "m3" in names:
+        works[BARE] = Work(step=_bare_step(settings, dim), tokens=0, needs=needs)
     seconds = take_turns(
         works,
         alternations=settings.alternations,
@@ -149,17 +181,99 @@ def _point(
         device=settings.torch_device,
         what=f"{parameters:,} parameters",
         progress=progress,
-        costs=dict.fromkeys(names, dim * dim),
+        costs=dict.fromkeys(works, dim * dim),
     )
     rows = []
     for name, work in works.items():
+        if name == BARE:
+            continue
         row: Report = {"optimizer": name, "dim": dim, "parameters": parameters}
         row |= timing_row(work, seconds[name], seconds[BASELINE], machine)
         row["nanoseconds"] = 1e6 * row["milliseconds"] / parameters
         work.step()  # into the next period, where levels hold gathered gradients
         held = sum(x.numel() * x.element_size() for x in _tensors(optimizers[name].state_dict()))
-        rows.append({**row, "state_megabytes": held / 1e6})
+        row |= {"state_megabytes": held / 1e6, "state_floats": _state_floats(optimizers[name])}
+        if name == "m3":
+            ratios = [own / bare for own, bare in zip(seconds[name], seconds[BARE], strict=True)]
+            row |= {"bare_ratio": statistics.median(ratios)}
+            row |= {"bare_ratio_min": min(ratios), "bare_ratio_max": max(ratios)}
+        rows.append(row)
     return rows
+
+
+def _bare_step(settings: OptimizerBenchmark, dim: int) -> Callable[[], None]:
+    """A step of AdamW, and Newton-Schulz of the gradients of all matrices that M3 would move."""
+    torch.manual_seed(settings.seed)
+    model = HopeLM(settings.config(dim)).to(settings.torch_device)
+    _set_gradients(model, settings.seed)
+    groups = M3.for_model(model, notice=quiet).param_groups
+    matrices = [p.grad for group in groups if group["rule"] == "m3" for p in group["params"]]
+    adamw = torch.optim.AdamW(model.parameters(), lr=LR)
+
+    @torch.no_grad()
+    def step() -> None:
+        adamw.step()
+        for matrix in matrices:
+            newton_schulz(matrix)
+
+    return step
+
+
+def _training_point(settings: OptimizerBenchmark, dim: int, machine: Machine, progress: Progress) -> list[Report]:
+    works, optimizers = {}, {}
+    for name, build in TRAININGS.items():
+        torch.manual_seed(settings.seed)
+        model = HopeLM(settings.config(dim)).to(settings.torch_device)
+        optimizers[name] = build(model)
+        works[name] = training_work(model, settings.training_batch, settings.training_tokens, optimizers[name])
+    seconds = take_turns(
+        works,
+        alternations=settings.alternations,
+        repeats=settings.training_steps,
+        device=settings.torch_device,
+        what=f"training steps of {settings.training_batch} x {settings.training_tokens} tokens",
+        progress=progress,
+        costs=dict.fromkeys(works, dim * dim),
+    )
+    rows = []
+    for name, work in works.items():
+        row: Report = {"optimizer": name, "dim": dim, "parameters": model.num_parameters(), "training": True}
+        row |= timing_row(work, seconds[name], next(iter(seconds.values())), machine)
+        row["nanoseconds"] = 1e6 * row["milliseconds"] / model.num_parameters()
+        held = sum(x.numel() * x.element_size() for x in _tensors(optimizers[name].state_dict()))
+        rows.append({**row, "state_megabytes": held / 1e6, "state_floats": _state_floats(optimizers[name])})
+    return rows
+
+
+def _state_floats(optimizer: torch.optim.Optimizer) -> float:
+    """Numbers that the state has for a number of a parameter, where it has most."""
+    found = [
+        sum(x.numel() for name, x in state.items() if torch.is_tensor(x) and name != "step") / parameter.numel()
+        for parameter, state in optimizer.state.items()
+    ]
+    return max(found, default=0.0)
+
+
+def check_delta_gradient_descent(seed: int = 0) -> None:
+    """Refuses a delta gradient descent whose step does not minimise Eq. 56.
+
+    Raises:
+        NotEqual: if the slope of Eq. 56 is not zero at the new weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(20, width, generator=generator, dtype=torch.float64) for width in (6, 4))
+    layer = nn.Linear(6, 4, bias=False).double()
+    before, lr = layer.weight.detach().clone(), 0.5
+    optimizer = DeltaGradientDescent(layer, lr=lr)
+    u = y - layer(x).detach()  # minus the gradient of 1/2 |W x - y|^2
+    (0.5 * (layer(x) - y).square().sum(-1)).mean().backward()
+    optimizer.step()
+    slope = (layer(x) - u).mT @ x / len(x) + (layer.weight - before) / lr
+    if not float(slope.detach().abs().max()) < 1e-10:
+        raise NotEqual(
+            "dgd: its step is not the argmin of Eq. 56. No speed is given for an optimizer that is wrong; the tests in "
+            "tests/optim say where"
+        )
 
 
 def _small(config: HopeConfig, seed: int) -> HopeLM:

@@ -46,7 +46,8 @@ def plot_benchmark(report: dict[str, Any], path: str | os.PathLike[str]) -> None
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    axes_of, rows = AXES[report["benchmark"]], report["rows"]
+    axes_of = AXES[report["benchmark"]]
+    rows = [row for row in report["rows"] if not row.get("training")]
     batches = sorted({row.get("batch", 0) for row in rows})
     names = list(dict.fromkeys(row[axes_of.name] for row in rows))
     sizes = sorted({row[axes_of.x] for row in rows})

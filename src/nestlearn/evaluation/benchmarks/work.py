@@ -66,14 +66,15 @@ def make_work(kind: Kind, model: HopeLM, batch: int, tokens: int, *, room: int =
         room: tokens that are decoded in a turn at most.
     """
     if kind == "train":
-        return _training(model, batch, tokens)
+        optimizer = LevelOptimizer.for_model(model, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
+        return training_work(model, batch, tokens, optimizer)
     if kind == "prefill":
         return _prefill(model, batch, tokens)
     return _decoding(model, batch, tokens, room)
 
 
-def _training(model: HopeLM, batch: int, tokens: int) -> Work:
-    optimizer = LevelOptimizer.for_model(model, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
+def training_work(model: HopeLM, batch: int, tokens: int, optimizer: torch.optim.Optimizer) -> Work:
+    """A training step under an optimizer of the model's parameters."""
     inputs, targets = _random_tokens(model, 2, batch, tokens)
 
     def step() -> None:

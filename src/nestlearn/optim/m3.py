@@ -1,0 +1,275 @@
+"""M3, multi-scale momentum Muon (Eq. 75, Algorithm 1): two momenta at two frequencies, orthogonalised and added.
+
+The fast momentum learns from every gradient, the slow one speaks once in a period: a continuum memory of two levels.
+Divided by an element-wise second moment, their sum is Adam and Muon in one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nestlearn.functional.newton_schulz import newton_schulz
+from nestlearn.optim.groups import describe_groups, sorted_groups
+from nestlearn.optim.shell import MemoryOptimizer, NonFinite, alike, apply_update, need, sharded_like, whole
+
+Form = Literal["ema", "paper"]
+
+# The root mean square of an AdamW update is about this much of its learning rate.
+ADAMW_RMS = 0.2
+# On a CPU, products of matrices smaller than this gain from being done side by side; larger ones lose a copy.
+_SMALL = 128
+# Numbers that are orthogonalised at once: bounds the memory that a batch takes.
+_BATCH = 1 << 25
+
+
+def m3_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    fast: Sequence[Tensor],
+    slow: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    slow_directions: Sequence[Tensor],
+    *,
+    steps: Sequence[int],
+    lr: float,
+    form: Form = "ema",
+    betas: tuple[float, float, float] = (0.9, 0.95, 0.5),
+    alpha: float = 0.2,
+    period: int = 16,
+    ns_steps: int = 5,
+    eps: float = 1.0,
+    weight_decay: float = 0.0,
+) -> None:
+    """One step of M3 on matrices, in place.
+
+    With g the gradient, NS Newton-Schulz, f the period, t the step counted from 1 (Algorithm 1, "paper"):
+
+        M1 <- M1 + beta_1 g          V <- V + beta_2 g^2          M2 <- M2 + beta_3 g
+        W  <- W - lr (NS(M1) + alpha O2) / (sqrt(V) + eps)        and every f-th step O2 <- NS(M2)
+
+    so that O2 knows the gradients of all periods before the present one. In the "ema" form M1 and V are averages with
+    decays beta_1 and beta_2, M2 is an average over periods with decay beta_3 of their mean gradients, and
+
+        U = (NS(M1) + alpha O2) / (sqrt(V / mean(V)) + eps)       W <- W - lr 0.2 U / rms(U)
+
+    with mean and root mean square over one matrix: bias corrections would cancel, and so does the gradient's scale.
+
+    Args:
+        parameters: each (..., rows, columns), a matrix or a stack of matrices, each of which is treated as if alone.
+        gradients: their gradients, not changed.
+        fast, slow, variances, slow_directions: M1, M2, V, O2 of the same shapes, zero before the first step.
+        steps: t of each parameter.
+        lr: learning rate; in the "ema" form in units of AdamW's.
+        form: "ema" or "paper".
+        betas: beta_1 of M1, beta_2 of V, beta_3 of M2.
+        alpha: weight of the slow direction.
+        period: f, in steps.
+        ns_steps: Newton-Schulz iterations.
+        eps: added to the root of V; in the "ema" form relative to the root of its mean.
+        weight_decay: W shrinks by lr weight_decay, apart from the step.
+    """
+    states = [list(fast), list(slow), list(variances)]
+    g = [gradient.to(m.dtype) for gradient, m in zip(gradients, fast, strict=True)]
+    if form == "ema":
+        begins = [m for m, step in zip(slow, steps, strict=True) if (step - 1) % period == 0]
+        torch._foreach_lerp_(states[0], g, 1 - betas[0])
+        if begins:
+            torch._foreach_mul_(begins, betas[2])
+        torch._foreach_add_(states[1], g, alpha=(1 - betas[2]) / period)
+        torch._foreach_mul_(states[2], betas[1])
+        torch._foreach_addcmul_(states[2], g, g, value=1 - betas[1])
+    else:
+        torch._foreach_add_(states[0], g, alpha=betas[0])
+        torch._foreach_add_(states[1], g, alpha=betas[2])
+        torch._foreach_addcmul_(states[2], g, g, value=betas[1])
+
+    directions = _orthogonalize(fast, ns_steps)
+    torch._foreach_add_(directions, list(slow_directions), alpha=alpha)
+    roots = list(torch._foreach_sqrt(states[2]))
+    if form == "ema":
+        tiny = torch.finfo(fast[0].dtype).tiny
+        for root, variance in zip(roots, variances, strict=True):
+            root.add_(variance.mean((-2, -1), keepdim=True).sqrt() * eps + tiny)
+        torch._foreach_div_(directions, roots)
+        for u in directions:
+            u.mul_(-ADAMW_RMS / (u.square().mean((-2, -1), keepdim=True).sqrt() + tiny))
+    else:
+        torch._foreach_add_(roots, eps)
+        torch._foreach_div_(directions, roots)
+        torch._foreach_neg_(directions)
+    apply_update(parameters, directions, lr=lr, weight_decay=weight_decay)
+
+    due = [i for i, step in enumerate(steps) if step % period == 0]
+    for i, direction in zip(due, _orthogonalize([slow[i] for i in due], ns_steps), strict=True):
+        slow_directions[i].copy_(direction)
+
+
+def _orthogonalize(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Newton-Schulz of each matrix or stack; those of one shape, lying or standing, go through it together.
+
+    bf16 on a GPU, where the products are fast and the iteration bears it; as they are elsewhere. A process that holds a
+    shard of a matrix needs the whole for it, and keeps its own part of the result.
+    """
+    found: dict[int, Tensor] = {}
+    full = [whole(matrix) for matrix in matrices]
+    batches: dict[Any, list[int]] = defaultdict(list)
+    for i, x in enumerate(full):
+        small, large = sorted(x.shape[-2:])
+        alone = x.device.type == "cpu" and small > _SMALL
+        place = sum(y.numel() for y in full[:i]) // _BATCH
+        batches[small, large, x.dtype, x.device, i if alone else -1 - place].append(i)
+    for (small, large, dtype, device, _), members in batches.items():
+        lying = [full[i] if full[i].shape[-2] == small else full[i].mT for i in members]
+        flat = [x.reshape(-1, small, large) for x in lying]
+        stack = flat[0] if len(flat) == 1 else torch.cat(flat)
+        if device.type == "cuda" and dtype == torch.float32:
+            stack = (stack / (torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True) + _tiny(stack))).bfloat16()
+        done = newton_schulz(stack, steps=steps, eps=_tiny(stack)).to(dtype)
+        for i, x, part in zip(members, lying, done.split([len(x) for x in flat]), strict=True):
+            part = part.view(x.shape)
+            found[i] = sharded_like((part if part.shape == full[i].shape else part.mT).contiguous(), matrices[i])
+    return [found[i] for i in range(len(matrices))]
+
+
+def _tiny(x: Tensor) -> float:
+    return float(torch.finfo(x.dtype).tiny)
+
+
+class M3(MemoryOptimizer):
+    """M3 (Algorithm 1) for matrices and stacks of matrices, AdamW for everything else; see `m3_step` for the rule.
+
+    Groups may have ``rule`` "m3" (the default) or "adamw". Under "m3" the last two axes of a parameter are a matrix and
+    the axes before them number independent ones; parameters with fewer than two axes take AdamW's step all the same.
+    `M3.for_model` sorts a model's parameters. State: four numbers a parameter, two under AdamW.
+
+    In a group, the period is called ``slow_period``: ``period`` is that of `LevelOptimizer`.
+
+    Args:
+        params: as `torch.optim` takes them.
+        lr: learning rate; in the "ema" form AdamW's.
+        form: "ema", averages and a step that does not depend on the gradient's scale, or "paper", Algorithm 1 to the
+            letter, whose sums never decay.
+        betas: beta_1 of the fast momentum, beta_2 of the second moment, beta_3 of the slow momentum, in [0, 1).
+        alpha: weight of the slow direction, at least 0.
+        period: f, steps between two changes of the slow direction.
+        ns_steps: Newton-Schulz iterations.
+        eps: added to the root of the second moment, None for 1e-8; in the "ema" form relative to the root of its mean,
+            None for 1: an entry whose gradients are small is then enlarged to at most twice what one of average
+            gradients gets.
+        weight_decay: times `lr`, apart from the step.
+        adamw_betas, adamw_eps: of the parameters that AdamW moves.
+        nonfinite: "raise" or "skip", for gradients that are not finite.
+
+    Raises:
+        ValueError: for a setting out of range or an empty group.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+        >>> optimizer = M3(model.parameters(), lr=1e-3)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        form: Form = "ema",
+        betas: tuple[float, float, float] = (0.9, 0.95, 0.5),
+        alpha: float = 0.2,
+        period: int = 16,
+        ns_steps: int = 5,
+        eps: float | None = None,
+        weight_decay: float = 0.1,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        nonfinite: NonFinite = "raise",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "form": form,
+            "betas": betas,
+            "alpha": alpha,
+            "slow_period": period,
+            "ns_steps": ns_steps,
+            "eps": (1.0 if form == "ema" else 1e-8) if eps is None else eps,
+            "weight_decay": weight_decay,
+            "rule": "m3",
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+        }
+        super().__init__(params, defaults, nonfinite=nonfinite)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        adamw: Collection[str] = (),
+        notice: Callable[[str], None] = print,
+        **settings: Any,
+    ) -> M3:
+        """M3 for a model's matrices; AdamW for embeddings, head, norms, biases, convolutions and other small things.
+
+        Weight decay is for matrices only, without the initial states of memories. Groups of a model with
+        ``level_parameters()`` carry its periods, so that ``LevelOptimizer(M3.for_model(model))`` trains its levels.
+
+        Args:
+            model: parameters that do not require a gradient are left out.
+            lr: learning rate of both.
+            weight_decay: per step, times `lr`.
+            adamw: parts of names of further parameters that AdamW is to move.
+            notice: called with a table that says what went where, and why.
+            settings: others of `M3`.
+
+        Raises:
+            ValueError: if nothing requires a gradient, or a name in `adamw` fits no parameter.
+        """
+        groups = sorted_groups(model, rule="m3", weight_decay=weight_decay, adamw=adamw)
+        notice(describe_groups(groups))
+        kept = [{name: value for name, value in group.items() if name != "reasons"} for group in groups]
+        return cls(kept, lr, weight_decay=weight_decay, **settings)
+
+    def check_group(self, group: Any) -> None:
+        super().check_group(group)
+        need(group["form"] in ("ema", "paper"), "form", "'ema' or 'paper'", group["form"])
+        need(group["rule"] in ("m3", "adamw"), "rule", "'m3' or 'adamw'", group["rule"])
+        fit = len(group["betas"]) == 3 and all(0 <= beta < 1 for beta in group["betas"])
+        need(fit, "betas", "three numbers in [0, 1)", group["betas"])
+        need(group["alpha"] >= 0, "alpha", "at least 0", group["alpha"])
+        need(group["eps"] >= 0, "eps", "at least 0", group["eps"])
+        for name, own in (("period", "slow_period"), ("ns_steps", "ns_steps")):
+            value = group[own]
+            need(type(value) is int and value >= 1, name, "an integer of at least 1", value)
+
+    def update_group(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        pairs = list(zip(parameters, gradients, strict=True))
+        matrix = [group["rule"] == "m3" and p.ndim >= 2 and p.numel() > 0 for p in parameters]
+        rest = [pair for pair, fits in zip(pairs, matrix, strict=True) if not fits]
+        if rest:
+            self.adamw(group, [p for p, _ in rest], [g for _, g in rest])
+        pairs = [pair for pair, fits in zip(pairs, matrix, strict=True) if fits]
+        for own in alike([p for p, _ in pairs]):
+            some = [pairs[i][0] for i in own]
+            states = self.buffers(some, "fast", "slow", "variance", "slow_direction")
+            m3_step(
+                some,
+                [pairs[i][1] for i in own],
+                *states,
+                steps=self.count_steps(some),
+                lr=float(group["lr"]),
+                form=group["form"],
+                betas=group["betas"],
+                alpha=group["alpha"],
+                period=group["slow_period"],
+                ns_steps=group["ns_steps"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
