@@ -9,6 +9,7 @@ from nestlearn.cli import (
     benchmarking,
     conversation,
     demonstration,
+    exporting,
     generation,
     inspection,
     learning,
@@ -42,6 +43,7 @@ app.command("generate")(generation.generate)
 app.command("stack")(adaptation.stack)
 app.command("learn")(adaptation.learn)
 app.command("chat")(conversation.chat)
+app.command("export")(exporting.export)
 app.command("inspect")(inspection.inspect)
 app.command("reproduce")(reproduction.reproduce_table)
 bench = typer.Typer(help="Measure speed. Run it on a quiet machine.", no_args_is_help=True)
