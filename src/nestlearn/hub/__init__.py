@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from nestlearn.hub.cache import HopeCache, cache_to_state, state_to_cache
     from nestlearn.hub.configuration import HopeConfig
     from nestlearn.hub.exporting import export
+    from nestlearn.hub.loading import load
     from nestlearn.hub.modeling import HopeForCausalLM
+    from nestlearn.hub.serving import serve
     from nestlearn.hub.tokenization import to_transformers
 
 _HOME = {
@@ -22,6 +24,8 @@ _HOME = {
     "HopeForCausalLM": "modeling",
     "cache_to_state": "cache",
     "export": "exporting",
+    "load": "loading",
+    "serve": "serving",
     "state_to_cache": "cache",
     "to_transformers": "tokenization",
 }
@@ -32,6 +36,8 @@ __all__ = [
     "HopeForCausalLM",
     "cache_to_state",
     "export",
+    "load",
+    "serve",
     "state_to_cache",
     "to_transformers",
 ]

@@ -7,18 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from nestlearn.hub.card import model_card
 from nestlearn.hub.configuration import HopeConfig
-from nestlearn.hub.modeling import HopeForCausalLM
+from nestlearn.hub.loading import from_checkpoint
 from nestlearn.hub.remote_code import AUTO_MAP, remove_remote_code, write_remote_code
-from nestlearn.hub.tokenization import to_transformers
 from nestlearn.io import atomic_write_text, load_json
-from nestlearn.models.config import HopeConfig as Architecture
-from nestlearn.models.generation import Sampling
-from nestlearn.training.checkpoint import find_checkpoint, load_model
-from nestlearn.training.tokenizers import check_vocabulary
+from nestlearn.training.checkpoint import find_checkpoint
 
 
 def export(
@@ -50,26 +44,12 @@ def export(
     target = Path(folder).expanduser()
     _check_free(target)
     checkpoint = find_checkpoint(source)
-    _, tokenizer = load_model(checkpoint.path)
-    architecture = Architecture.from_dict(checkpoint.model)
-    check_vocabulary(tokenizer, architecture.vocab_size)
-    model = HopeForCausalLM(HopeConfig.from_architecture(architecture)).eval()
-    checkpoint.restore(model)
-    dtype = next(tensor.dtype for tensor in checkpoint.weights.values() if tensor.is_floating_point())
-    model.to(dtype)
-    theirs = to_transformers(tokenizer)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=Sampling().temperature,
-        top_k=0,
-        eos_token_id=theirs.eos_token_id,
-        pad_token_id=theirs.pad_token_id if theirs.pad_token_id is not None else theirs.eos_token_id,
-    )
+    model, tokenizer = from_checkpoint(checkpoint)
     if remote_code:
         model.config.auto_map = AUTO_MAP
     target.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(target)
-    theirs.save_pretrained(target)
+    tokenizer.save_pretrained(target)
     remove_remote_code(target)
     if remote_code:
         write_remote_code(target)

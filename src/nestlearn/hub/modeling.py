@@ -14,9 +14,12 @@ from nestlearn.hub.cache import HopeCache, cache_to_state, state_to_cache
 from nestlearn.hub.configuration import HopeConfig
 from nestlearn.models.hope import HopeLM, State
 
-# What the loss of transformers may be told, and what callers of other models name without asking anything of this one.
+# What the loss of transformers may be told.
 _FOR_THE_LOSS = ("num_items_in_batch", "shift_labels")
-_WITHOUT_EFFECT = ("cache_position",)
+
+# What other models take, and what would change the result if it were left out silently. The rest may pass by: generate
+# hands on all that it was given.
+_NOT_TAKEN = ("inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "encoder_hidden_states", "head_mask")
 
 
 class HopeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -85,6 +88,11 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if shapes do not fit, or for what this model cannot give.
         """
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids: expected at least one token, as (B, T), got shape {tuple(input_ids.shape)}; the model "
+                f"continues a text and cannot begin one"
+            )
         if document_starts is None:
             document_starts = _returns_to_zero(input_ids, others.pop("position_ids", None), past_key_values)
         for_the_loss = _checked(others)
@@ -224,8 +232,7 @@ def _checked(others: dict[str, Any]) -> dict[str, Any]:
     for name in ("output_attentions", "output_hidden_states"):
         if others.pop(name, None):
             raise ValueError(f"{name}: Hope records none; look into it with nestlearn.inspect instead")
-    allowed = (*_FOR_THE_LOSS, *_WITHOUT_EFFECT)
-    unknown = [name for name, value in others.items() if value is not None and name not in allowed]
-    if unknown:
-        raise ValueError(f"HopeForCausalLM takes no {', '.join(unknown)}; see its forward for what it takes")
+    for name in _NOT_TAKEN:
+        if others.get(name) is not None:
+            raise ValueError(f"HopeForCausalLM takes no {name}; see its forward for what it takes")
     return {name: others[name] for name in _FOR_THE_LOSS if name in others}
