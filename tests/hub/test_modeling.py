@@ -163,11 +163,12 @@ def test_replaced_and_copied_modules_are_what_is_used() -> None:
 def test_the_loss_is_that_of_the_next_token() -> None:
     model = small_model("self_modifying_titans")
     rows = [text(5, seed=1), text(9, seed=2)]
-    ids, mask = padded(rows, "right")
-    labels = torch.where(mask.bool(), ids, -100)
     logits = [model(row[None]).logits[0, :-1] for row in rows]
     expected = F.cross_entropy(torch.cat(logits), torch.cat([row[1:] for row in rows]))
-    torch.testing.assert_close(model(ids, attention_mask=mask, labels=labels).loss, expected)
+    for side in ("left", "right"):
+        ids, mask = padded(rows, side)
+        labels = torch.where(mask.bool(), ids, -100)
+        torch.testing.assert_close(model(ids, attention_mask=mask, labels=labels).loss, expected)
     assert model(ids, labels=labels, return_dict=False)[0].shape == ()
     assert model.train()(ids, labels=labels).past_key_values is None
 

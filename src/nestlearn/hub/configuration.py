@@ -27,7 +27,7 @@ class HopeConfig(PreTrainedConfig):
     """
 
     model_type = "hope"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers adds lists to it)
     attribute_map = {  # noqa: RUF012  (transformers asks for a plain class attribute)
         "hidden_size": "dim",
         "num_hidden_layers": "depth",

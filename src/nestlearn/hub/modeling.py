@@ -106,6 +106,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             size = self.config.vocab_size
+            if padding is not None:  # before a row's first token nothing was read that could tell it
+                labels = labels.masked_fill(padding.first, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **for_the_loss)
         cache = None
         if use_cache if use_cache is not None else self.config.use_cache and not self.training:
@@ -163,6 +165,10 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm.config = self.config.architecture()
         return embedding
 
+    def level_parameters(self) -> dict[int, list[tuple[str, torch.nn.Parameter]]]:
+        """As `HopeLM.level_parameters`: what `nestlearn.optim.LevelOptimizer.for_model` asks for."""
+        return self.lm.level_parameters()
+
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.lm.head
 
@@ -190,12 +196,14 @@ class Padding(NamedTuple):
         token: (B, T) the place of each row's i-th token; behind its last one, anything.
         holds: (B, T) whether there is an i-th token.
         place: (B, T) the number of the token at each place, or of the last one before it; 0 before the first.
+        first: (B, T) whether a row's first token is at this place.
     """
 
     lengths: Tensor
     token: Tensor
     holds: Tensor
     place: Tensor
+    first: Tensor
 
 
 def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Padding | None:
@@ -214,7 +222,8 @@ def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Padding | None
     lengths = mask.sum(1)
     token = (~mask).to(torch.int8).argsort(dim=1, stable=True)
     holds = torch.arange(tokens, device=mask.device) < lengths[:, None]
-    return Padding(lengths, token, holds, (mask.cumsum(1) - 1).clamp_min(0))
+    count = mask.cumsum(1)
+    return Padding(lengths, token, holds, (count - 1).clamp_min(0), mask & (count == 1))
 
 
 def _returns_to_zero(input_ids: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
