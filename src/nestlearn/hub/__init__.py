@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nestlearn.hub.cache import HopeCache, cache_to_state, state_to_cache
     from nestlearn.hub.configuration import HopeConfig
+    from nestlearn.hub.conversion import from_llama
     from nestlearn.hub.exporting import export
     from nestlearn.hub.loading import load
     from nestlearn.hub.modeling import HopeForCausalLM
@@ -24,6 +25,7 @@ _HOME = {
     "HopeForCausalLM": "modeling",
     "cache_to_state": "cache",
     "export": "exporting",
+    "from_llama": "conversion",
     "load": "loading",
     "serve": "serving",
     "state_to_cache": "cache",
@@ -36,6 +38,7 @@ __all__ = [
     "HopeForCausalLM",
     "cache_to_state",
     "export",
+    "from_llama",
     "load",
     "serve",
     "state_to_cache",

@@ -16,6 +16,7 @@ from nestlearn.functional.recomputed import mlp_behind_norm, recomputable
 from nestlearn.functional.rms_norm import RMSNorm
 
 Variant = Literal["sequential", "independent", "nested"]
+LevelKind = Literal["mlp", "gated"]
 
 
 class MLPLevel(nn.Module):
@@ -65,6 +66,36 @@ class MLPLevel(nn.Module):
         return norm, up, down
 
 
+class GatedLevel(nn.Module):
+    """One level as Llama and its relatives have it (SwiGLU): W_out (silu(W_gate norm(x)) * W_in norm(x)).
+
+    Args:
+        dim: D.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, eps=1e-5)
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        normed = self.norm(x)
+        down: Tensor = self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return down
+
+    @torch.no_grad()
+    def decode_step(self, x: Tensor) -> Tensor:
+        """x + level(x) of one token, x (B, D), without gradients."""
+        return x + self(x)
+
+
+LEVELS: dict[LevelKind, type[MLPLevel] | type[GatedLevel]] = {"mlp": MLPLevel, "gated": GatedLevel}
+
+
 class ContinuumMemory(nn.Module):
     """Levels of MLP memory from the fastest to the slowest. The parameters are the initial states.
 
@@ -83,21 +114,30 @@ class ContinuumMemory(nn.Module):
         periods: update period of each level, ascending: the first level is the fastest.
         expansion: hidden width of each level over D.
         variant: see above.
+        kind: what a level is: "mlp" (`MLPLevel`) or "gated" (`GatedLevel`).
 
     Raises:
-        ValueError: if periods are empty, below 1 or not ascending, or the variant is unknown.
+        ValueError: if periods are empty, below 1 or not ascending, or the variant or the kind is unknown.
     """
 
     def __init__(
-        self, dim: int, *, periods: Sequence[int], expansion: float = 4.0, variant: Variant = "sequential"
+        self,
+        dim: int,
+        *,
+        periods: Sequence[int],
+        expansion: float = 4.0,
+        variant: Variant = "sequential",
+        kind: LevelKind = "mlp",
     ) -> None:
         super().__init__()
         check_periods(periods)
         if variant not in ("sequential", "independent", "nested"):
             raise ValueError(f'variant: expected "sequential", "independent" or "nested", got {variant!r}')
+        if kind not in LEVELS:
+            raise ValueError(f"kind: expected one of {', '.join(LEVELS)}, got {kind!r}")
         self.periods = tuple(periods)
         self.variant = variant
-        self.levels = nn.ModuleList(MLPLevel(dim, round(dim * expansion)) for _ in periods)
+        self.levels = nn.ModuleList(LEVELS[kind](dim, round(dim * expansion)) for _ in periods)
         if variant == "independent":
             self.weights = nn.Parameter(torch.full((len(periods),), 1.0 / len(periods)))
 

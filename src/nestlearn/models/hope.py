@@ -58,7 +58,11 @@ class HopeBlock(nn.Module):
         self.norm = RMSNorm(config.dim, eps=1e-5)
         self.mixer = build_mixer(config)
         self.memory_system = ContinuumMemory(
-            config.dim, periods=config.cms_periods, expansion=config.cms_expansion, variant=config.cms_variant
+            config.dim,
+            periods=config.cms_periods,
+            expansion=config.cms_expansion,
+            variant=config.cms_variant,
+            kind=config.cms_level,
         )
         self.activation_checkpointing = False
 
@@ -312,9 +316,9 @@ def build_mixer(config: HopeConfig) -> nn.Module:
     """The sequence layer that a configuration names."""
     dim, heads = config.dim, config.heads
     if config.mixer == "plain_attention":
-        return PlainAttention(dim, heads)
+        return PlainAttention(dim, heads, rotary_base=config.rotary_base)
     if config.mixer == "attention":
-        return Attention(dim, heads, conv_width=config.conv_width)
+        return Attention(dim, heads, conv_width=config.conv_width, rotary_base=config.rotary_base)
     if config.mixer == "tnt":
         sizes = ("global_chunk_size", "local_chunk_sizes", "shard_length", "conv_width")
         own = (*sizes, "global_stride", "project_queries")
