@@ -69,7 +69,7 @@ def serve(
 @contextlib.contextmanager
 def _only(model: HopeForCausalLM, tokenizer: Any, name: str) -> Iterator[None]:
     """While it lasts, a server of transformers knows this model alone, answers what is malformed with 400, and stops
-    writing when nobody reads any more; by itself it does so only where it streams."""
+    writing when nobody reads any more; by itself it does so only in the middle of a stream."""
     from transformers.cli.serving import model_manager, server, utils
 
     class OneModel(model_manager.ModelManager):
@@ -85,18 +85,13 @@ def _only(model: HopeForCausalLM, tokenizer: Any, name: str) -> Iterator[None]:
             return [{"id": name, "object": "model", "created": int(started), "owned_by": "local"}]
 
     class Stopping(utils.GenerateManager):
-        async def generate_non_streaming(self, *args: Any, **settings: Any) -> tuple[str, int, Any]:
-            gone = _GONE.get()
+        def generate_streaming(self, model: Any, processor: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
+            return super().generate_streaming(model, processor, _until_gone(inputs), *args, **settings)
 
-            def stop(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-                return torch.full((len(input_ids),), gone.is_set(), device=input_ids.device)
-
-            model, processor, inputs, *others = args
-            inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([stop])}
-            found: tuple[str, int, Any] = await super().generate_non_streaming(
-                model, processor, inputs, *others, **settings
-            )
-            return found
+        async def generate_non_streaming(
+            self, model: Any, processor: Any, inputs: Any, *args: Any, **settings: Any
+        ) -> Any:
+            return await super().generate_non_streaming(model, processor, _until_gone(inputs), *args, **settings)
 
     started = time.time()
     build = server.build_server
@@ -123,6 +118,16 @@ async def _say_what_is_wrong(_: Any, error: Exception) -> Any:
     return JSONResponse({"error": {"message": f"malformed request ({said})", "type": "invalid_request_error"}}, 400)
 
 
+def _until_gone(inputs: Any) -> dict[str, Any]:
+    """What `generate` is given for a request, with an end when its client has gone."""
+    gone = _GONE.get()
+
+    def stop(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.full((len(input_ids),), gone.is_set(), device=input_ids.device)
+
+    return {**inputs, "stopping_criteria": StoppingCriteriaList([stop])}
+
+
 class _WatchClient:
     """ASGI: sets `_GONE` when the client of a request disconnects, whether or not anybody is listening for it."""
 
@@ -144,8 +149,13 @@ class _WatchClient:
                     gone.set()
                 messages.put_nowait(message)
 
+        async def next_message() -> Message:
+            if gone.is_set() and messages.empty():  # it is said as often as somebody asks
+                return {"type": "http.disconnect"}
+            return await messages.get()
+
         watching = asyncio.create_task(watch())
         try:
-            await self.app(scope, messages.get, send)
+            await self.app(scope, next_message, send)
         finally:
             watching.cancel()
