@@ -57,5 +57,5 @@ $(DEV): $(INPUTS)
 # The full set contains the development set, so it marks both as installed.
 $(ALL): $(INPUTS)
 	$(make_venv)
-	$(pip_install) '.[dev,kernels,baselines,eval]'
+	$(pip_install) '.[dev,kernels,baselines,eval,serve]'
 	@touch $(DEV) $@

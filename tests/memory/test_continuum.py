@@ -16,9 +16,9 @@ PERIODS = (2, 3, 6)
 RULES = (LearningRule(lr=0.2, clip=None), LearningRule(lr=0.1, clip=0.5, retention=0.9), LearningRule(lr=0.1))
 
 
-def memory_system(variant: Any) -> ContinuumMemory:
+def memory_system(variant: Any, level: Any = "mlp") -> ContinuumMemory:
     torch.manual_seed(0)
-    return ContinuumMemory(4, periods=PERIODS, expansion=2.0, variant=variant).double()
+    return ContinuumMemory(4, periods=PERIODS, expansion=2.0, variant=variant, kind=level).double()
 
 
 def inputs(length: int, rows: int = 2) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def by_descent(model: ContinuumMemory, x: Tensor, goal: Tensor) -> tuple[Tensor,
     """One row (T, D), token by token: the outputs and the changes of a copy whose own parameters descend."""
     own = copy.deepcopy(model)
     initial = {name: p.detach().clone() for name, p in own.named_parameters()}
-    weights = {n.removesuffix(".weight"): p for n, p in own.named_parameters() if ".up." in n or ".down." in n}
+    weights = {n.removesuffix(".weight"): p for n, p in own.named_parameters() if p.ndim == 2}
     gathered = {name: torch.zeros_like(p) for name, p in weights.items()}
     outputs = []
     for t in range(len(x)):
@@ -47,7 +47,7 @@ def by_descent(model: ContinuumMemory, x: Tensor, goal: Tensor) -> tuple[Tensor,
         due = [i for i, period in enumerate(PERIODS) if (t + 1) % period == 0]
         with torch.no_grad():
             for i in due:
-                names = [f"levels.{i}.up", f"levels.{i}.down"]
+                names = [n for n in weights if n.startswith(f"levels.{i}.")]
                 norm = sum(gathered[n].square().sum() for n in names) ** 0.5
                 scale = 1.0 if RULES[i].clip is None else min(1.0, RULES[i].clip / float(norm))
                 for n in names:
@@ -57,16 +57,17 @@ def by_descent(model: ContinuumMemory, x: Tensor, goal: Tensor) -> tuple[Tensor,
                     gathered[n].zero_()
             for i in due:
                 if model.variant == "nested" and i > 0:
-                    for n in (f"levels.{i - 1}.up", f"levels.{i - 1}.down"):
+                    for n in (n for n in weights if n.startswith(f"levels.{i - 1}.")):
                         weights[n].copy_(initial[f"{n}.weight"])
                         gathered[n].zero_()
     return torch.cat(outputs), {n: w.detach() - initial[f"{n}.weight"] for n, w in weights.items()}
 
 
 @pytest.mark.parametrize("variant", ["sequential", "independent", "nested"])
+@pytest.mark.parametrize("level", ["mlp", "gated"])
 @pytest.mark.parametrize("length", [1, 5, 6, 20])
-def test_it_is_gradient_descent_of_a_copy_for_each_row(variant: str, length: int) -> None:
-    model = memory_system(variant)
+def test_it_is_gradient_descent_of_a_copy_for_each_row(variant: str, level: str, length: int) -> None:
+    model = memory_system(variant, level)
     x, goal = inputs(length)
     y, found = model.adapt(x, distance(goal), model.unadapted(2, RULES), RULES)
     assert found.tokens == length

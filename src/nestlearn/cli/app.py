@@ -9,10 +9,12 @@ from nestlearn.cli import (
     benchmarking,
     conversation,
     demonstration,
+    exporting,
     generation,
     inspection,
     learning,
     reproduction,
+    serving,
 )
 from nestlearn.cli.shared import show_version
 
@@ -42,6 +44,8 @@ app.command("generate")(generation.generate)
 app.command("stack")(adaptation.stack)
 app.command("learn")(adaptation.learn)
 app.command("chat")(conversation.chat)
+app.command("export")(exporting.export)
+app.command("serve")(serving.serve)
 app.command("inspect")(inspection.inspect)
 app.command("reproduce")(reproduction.reproduce_table)
 bench = typer.Typer(help="Measure speed. Run it on a quiet machine.", no_args_is_help=True)

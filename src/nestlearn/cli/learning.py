@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nestlearn.cli.harness import run_tasks, show_tasks
 from nestlearn.cli.shared import open_model, output, print_json, refuse, say, teaching, text_source, use_threads
 from nestlearn.training import loop
 from nestlearn.training.config import RunConfig, parse_value
@@ -155,12 +156,39 @@ def evaluate(
         int, typer.Option(help="Evaluate at most this many tokens, evenly spaced over the text; 0: all.")
     ] = 0,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: tasks of lm-evaluation-harness, with commas: lambada,piqa,arc_easy,novels or others."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="With --tasks: only the first documents of each; 0: all.")] = 0,
+    carry: Annotated[
+        bool, typer.Option("--carry", help="With --tasks: one memory for all windows of a document.")
+    ] = False,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: a folder with further tasks in YAML.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
     threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure how well a model predicts a text, in bits per byte (lower is better)."""
+    """Measure how well a model predicts a text, in bits per byte (lower is better), or how it does on tasks."""
     use_threads(threads)
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        report = run_tasks(
+            model,
+            names,
+            limit=limit,
+            carry=carry,
+            window=sequence_length,
+            batch_size=batch_size,
+            include_path=include_path,
+            device=device,
+        )
+        show_tasks(report, as_json=as_json)
+        return
     opened = open_model(model, device)
     if text is None and opened.run is None:
         refuse(f"--text: {model} lies in no run's folder, so say what to evaluate on")

@@ -30,10 +30,12 @@ class Attention(nn.Module):
     a learnt scale per head that starts at 10; then per-head RMSNorm, a SiLU gate and the output projection. No biases.
 
     dim: D. heads: H, which divides D into even head widths. conv_width: tokens each short convolution sees.
+    rotary_base: see `rotary_table`.
     """
 
-    def __init__(self, dim: int, heads: int, *, conv_width: int = 4) -> None:
+    def __init__(self, dim: int, heads: int, *, conv_width: int = 4, rotary_base: float = 10000.0) -> None:
         super().__init__()
+        self.rotary_base = rotary_base
         self.heads = heads
         self.head_dim = _head_dim(dim, heads)
         self.streams = Streams(dim, heads, streams=3, conv_width=conv_width)
@@ -86,7 +88,7 @@ class Attention(nn.Module):
         norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp_min(1e-6)
         # Queries carry their head's scale, keys stay unit vectors.
         scale = torch.cat([self.query_scale, torch.ones_like(self.query_scale)]).unsqueeze(-1)
-        qk = _rotate(qk * (scale / norm).to(qk.dtype), position, document_starts)
+        qk = _rotate(qk * (scale / norm).to(qk.dtype), position, document_starts, self.rotary_base)
         q, k = qk.chunk(2, dim=2)
         return q, k, v
 
@@ -94,11 +96,13 @@ class Attention(nn.Module):
 class PlainAttention(nn.Module):
     """Mixer "plain_attention": the reference Transformer's. q, k, v projections, rotary, softmax, output projection.
 
-    dim: D. heads: H, which divides D into even head widths. No biases, no convolution, no gate, no norm of q and k.
+    dim: D. heads: H, which divides D into even head widths. rotary_base: see `rotary_table`. No biases, no convolution,
+    no gate, no norm of q and k.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, *, rotary_base: float = 10000.0) -> None:
         super().__init__()
+        self.rotary_base = rotary_base
         self.heads = heads
         self.head_dim = _head_dim(dim, heads)
         self.projection = nn.Linear(dim, 3 * dim, bias=False)
@@ -136,7 +140,7 @@ class PlainAttention(nn.Module):
         self, x: Tensor, position: Tensor | None, document_starts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         qk, v = _split_heads(self.projection(x), self.heads)
-        q, k = _rotate(qk, position, document_starts).chunk(2, dim=2)
+        q, k = _rotate(qk, position, document_starts, self.rotary_base).chunk(2, dim=2)
         return q, k, v
 
 
@@ -276,14 +280,14 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, state: State, *, scale: f
     return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, scale=scale)
 
 
-def _rotate(qk: Tensor, position: Tensor | None, document_starts: Tensor | None) -> Tensor:
+def _rotate(qk: Tensor, position: Tensor | None, document_starts: Tensor | None, base: float) -> Tensor:
     """Rotary positions, counted from each row's document start, on qk (B, T, 2 H, Dh)."""
     token = torch.arange(qk.shape[1], device=qk.device).unsqueeze(0)
     positions = token if position is None else position.unsqueeze(1) + token
     if document_starts is not None:
         starts = last_document_start(document_starts)
         positions = torch.where(starts >= 0, token - starts, positions)
-    return apply_rotary(qk, *rotary_table(positions, qk.shape[-1], dtype=qk.dtype))
+    return apply_rotary(qk, *rotary_table(positions, qk.shape[-1], base=base, dtype=qk.dtype))
 
 
 def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,10 @@ from nestlearn.functional.rms_norm import RMSNorm
 from nestlearn.memory.adaptation import FastWeight, LearningRule, advance_levels, read_change
 
 Variant = Literal["sequential", "independent", "nested"]
+LevelKind = Literal["mlp", "gated"]
+
+
+Changes = Mapping[str, Tensor]
 
 
 class AdaptedLevels(NamedTuple):
@@ -40,6 +44,8 @@ class MLPLevel(nn.Module):
         hidden: width of the hidden layer.
     """
 
+    learning = ("up", "down")
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.norm = RMSNorm(dim, eps=1e-5)
@@ -54,12 +60,12 @@ class MLPLevel(nn.Module):
         down: Tensor = self.down(F.gelu(self.up(self.norm(x))))
         return down
 
-    def adapted(self, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With each row's own changes up (B, H, D) and down (B, D, H): the output (B, T, D), and what the two weights
-        were given, (B, T, D) and (B, T, H)."""
+    def adapted(self, x: Tensor, changes: Changes) -> tuple[Tensor, Changes]:
+        """With each row's own changes (B, outputs, inputs) of the weights in `learning`: the output (B, T, D), and what
+        each of these weights was given, (B, T, inputs)."""
         normed = self.norm(x)
-        hidden = F.gelu(self.up(normed) + read_change(normed, up))
-        return self.down(hidden) + read_change(hidden, down), normed, hidden
+        hidden = F.gelu(self.up(normed) + read_change(normed, changes["up"]))
+        return self.down(hidden) + read_change(hidden, changes["down"]), {"up": normed, "down": hidden}
 
     @torch.no_grad()
     def decode_step(self, x: Tensor) -> Tensor:
@@ -86,6 +92,46 @@ class MLPLevel(nn.Module):
         return norm, up, down
 
 
+class GatedLevel(nn.Module):
+    """One level as Llama and its relatives have it (SwiGLU): W_out (silu(W_gate norm(x)) * W_in norm(x)).
+
+    Args:
+        dim: D.
+        hidden: width of the hidden layer.
+    """
+
+    learning = ("gate", "up", "down")
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, eps=1e-5)
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        normed = self.norm(x)
+        down: Tensor = self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return down
+
+    def adapted(self, x: Tensor, changes: Changes) -> tuple[Tensor, Changes]:
+        """As `MLPLevel.adapted`."""
+        normed = self.norm(x)
+        gate, up = (layer(normed) + read_change(normed, changes[name]) for name, layer in
+                    (("gate", self.gate), ("up", self.up)))  # fmt: skip
+        hidden = F.silu(gate) * up
+        return self.down(hidden) + read_change(hidden, changes["down"]), {"gate": normed, "up": normed, "down": hidden}
+
+    @torch.no_grad()
+    def decode_step(self, x: Tensor) -> Tensor:
+        """x + level(x) of one token, x (B, D), without gradients."""
+        return x + self(x)
+
+
+LEVELS: dict[LevelKind, type[MLPLevel] | type[GatedLevel]] = {"mlp": MLPLevel, "gated": GatedLevel}
+
+
 class ContinuumMemory(nn.Module):
     """Levels of MLP memory from the fastest to the slowest. The parameters are the initial states.
 
@@ -103,21 +149,30 @@ class ContinuumMemory(nn.Module):
         periods: update period of each level, ascending: the first level is the fastest.
         expansion: hidden width of each level over D.
         variant: see above.
+        kind: what a level is: "mlp" (`MLPLevel`) or "gated" (`GatedLevel`).
 
     Raises:
-        ValueError: if periods are empty, below 1 or not ascending, or the variant is unknown.
+        ValueError: if periods are empty, below 1 or not ascending, or the variant or the kind is unknown.
     """
 
     def __init__(
-        self, dim: int, *, periods: Sequence[int], expansion: float = 4.0, variant: Variant = "sequential"
+        self,
+        dim: int,
+        *,
+        periods: Sequence[int],
+        expansion: float = 4.0,
+        variant: Variant = "sequential",
+        kind: LevelKind = "mlp",
     ) -> None:
         super().__init__()
         check_periods(periods)
         if variant not in ("sequential", "independent", "nested"):
             raise ValueError(f'variant: expected "sequential", "independent" or "nested", got {variant!r}')
+        if kind not in LEVELS:
+            raise ValueError(f"kind: expected one of {', '.join(LEVELS)}, got {kind!r}")
         self.periods = tuple(periods)
         self.variant = variant
-        self.levels = nn.ModuleList(MLPLevel(dim, round(dim * expansion)) for _ in periods)
+        self.levels = nn.ModuleList(LEVELS[kind](dim, round(dim * expansion)) for _ in periods)
         if variant == "independent":
             self.weights = nn.Parameter(torch.full((len(periods),), 1.0 / len(periods)))
 
@@ -136,14 +191,14 @@ class ContinuumMemory(nn.Module):
             batch_size: rows, each with changes of its own.
             rules: of the levels, from the fastest; a level with lr 0 does not learn.
         """
-        weights = {
-            f"levels.{i}.{name}": FastWeight.fresh(
-                batch_size, weight.shape[0], weight.shape[1], rule, device=weight.device, dtype=weight.dtype
-            )
-            for i, (level, rule) in enumerate(zip(self._mlps(), rules, strict=True))
-            for name, weight in (("up", level.up.weight), ("down", level.down.weight))
-            if rule.lr
-        }
+        weights = {}
+        for i, (level, rule) in enumerate(zip(self.levels, rules, strict=True)):
+            for name in _learning(level) if rule.lr else ():
+                weight: Tensor = getattr(level, name).weight
+                outputs, inputs = weight.shape
+                weights[f"levels.{i}.{name}"] = FastWeight.fresh(
+                    batch_size, outputs, inputs, rule, device=weight.device, dtype=weight.dtype
+                )
         return AdaptedLevels(weights, 0)
 
     def adapt(
@@ -176,8 +231,8 @@ class ContinuumMemory(nn.Module):
         if len(rules) != len(self.periods):
             raise ValueError(f"rules: expected one for each of the {len(self.periods)} levels, got {len(rules)}")
         levels = {
-            period: (rule, (f"levels.{i}.up", f"levels.{i}.down"))
-            for i, (period, rule) in enumerate(zip(self.periods, rules, strict=True))
+            period: (rule, tuple(f"levels.{i}.{name}" for name in _learning(level)))
+            for i, (period, rule, level) in enumerate(zip(self.periods, rules, self.levels, strict=True))
         }
         outputs, start = [], 0
         while start < x.shape[1]:
@@ -190,9 +245,6 @@ class ContinuumMemory(nn.Module):
             start = stop
         return torch.cat(outputs, 1) if outputs else x, memory
 
-    def _mlps(self) -> list[MLPLevel]:
-        return [level for level in self.levels if isinstance(level, MLPLevel)]
-
     def _gather(
         self, x: Tensor, loss: Callable[[Tensor], Tensor], weights: Mapping[str, FastWeight]
     ) -> tuple[Tensor, dict[str, FastWeight]]:
@@ -201,11 +253,13 @@ class ContinuumMemory(nn.Module):
         inputs: dict[str, Tensor] = {}
         with torch.enable_grad():
             y = base = x
-            for i, level in enumerate(self._mlps()):
-                up, down = f"levels.{i}.up", f"levels.{i}.down"
+            for i, level in enumerate(self.levels):
                 given = base if self.variant == "independent" else y
-                if up in leaves:
-                    out, inputs[up], inputs[down] = level.adapted(given, leaves[up], leaves[down])
+                names = _learning(level)
+                changes = {name: leaves[f"levels.{i}.{name}"] for name in names if f"levels.{i}.{name}" in leaves}
+                if changes:
+                    out, read = level.adapted(given, changes)  # type: ignore[operator]
+                    inputs |= {f"levels.{i}.{name}": read[name] for name in names}
                 else:
                     out = level(given)
                 y = y + (self.weights[i] * out if self.variant == "independent" else out)
@@ -224,6 +278,12 @@ class ContinuumMemory(nn.Module):
         for level in self.levels:
             x = level.decode_step(x)  # type: ignore[operator]
         return x
+
+
+def _learning(level: nn.Module) -> tuple[str, ...]:
+    """Names of the weights of a level that learn in context."""
+    names: tuple[str, ...] = level.learning  # type: ignore[assignment]
+    return names
 
 
 def check_periods(periods: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from nestlearn.layers.chunked_memory import (
 )
 from nestlearn.layers.self_modifying_titans import Projection, check_static
 from nestlearn.layers.tnt import check_shards
-from nestlearn.memory.continuum import Variant, check_periods
+from nestlearn.memory.continuum import LevelKind, Variant, check_periods
 from nestlearn.memory.mlp import InnerRule
 
 Mixer = Literal[
@@ -69,7 +69,9 @@ class HopeConfig:
         cms_periods: update period of each CMS level, from the fastest; in training counted in optimizer steps.
         cms_expansion: hidden width of each CMS level over D.
         cms_variant: "sequential", "independent" or "nested" (Eq. 72-74).
+        cms_level: "mlp", or "gated" for levels as Llama's MLPs.
         tie_embeddings: whether the output layer shares the embedding's weights.
+        rotary_base: of the rotary positions of attention; pair i of a head turns by rotary_base ** (-2 i / width).
         conv_width: taps of the short convolutions.
         chunk_size: tokens between snapshots of the main memory.
         projection_chunk_size: the same for the projections' memories; None for chunk_size.
@@ -92,7 +94,9 @@ class HopeConfig:
     cms_periods: tuple[int, ...] = (1, 4)
     cms_expansion: float = 2.0
     cms_variant: Variant = "sequential"
+    cms_level: LevelKind = "mlp"
     tie_embeddings: bool = True
+    rotary_base: float = 10000.0
     conv_width: int = 4
     chunk_size: int = 64
     projection_chunk_size: int | None = None
@@ -148,6 +152,7 @@ class HopeConfig:
         for name, choices in (
             ("mixer", Mixer),
             ("cms_variant", Variant),
+            ("cms_level", LevelKind),
             ("inner_rule", InnerRule),
             ("read", Read),
             ("retain_to", RetainTo),
@@ -158,6 +163,8 @@ class HopeConfig:
             raise ValueError(
                 f"static_projections: {self.mixer} has no memories of projections; choose self_modifying_titans or tnt"
             )
+        if not 1 < self.rotary_base < float("inf"):
+            raise ValueError(f"rotary_base: expected a number above 1, got {self.rotary_base}")
         check_periods(self.cms_periods)
         if not round(self.dim * self.cms_expansion) >= 1:
             raise ValueError(f"cms_expansion: expected a positive number, got {self.cms_expansion}")

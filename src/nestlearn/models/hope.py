@@ -58,7 +58,11 @@ class HopeBlock(nn.Module):
         self.norm = RMSNorm(config.dim, eps=1e-5)
         self.mixer = build_mixer(config)
         self.memory_system = ContinuumMemory(
-            config.dim, periods=config.cms_periods, expansion=config.cms_expansion, variant=config.cms_variant
+            config.dim,
+            periods=config.cms_periods,
+            expansion=config.cms_expansion,
+            variant=config.cms_variant,
+            kind=config.cms_level,
         )
         self.activation_checkpointing = False
 
@@ -136,6 +140,20 @@ class HopeLM(nn.Module):
         Raises:
             ValueError: if shapes do not fit or a token is not in the vocabulary.
         """
+        features, new_state = self.features(tokens, state, lengths=lengths, document_starts=document_starts)
+        logits: Tensor = self.head(features)
+        return logits, new_state
+
+    def features(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        document_starts: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """What the head turns into logits: `forward` without its last product, with features (B, T, D) in their place.
+        The logits of a few tokens of a long text then cost no more than those."""
         self._check(tokens, lengths, document_starts)
         lengths = None if lengths is None else lengths.to(tokens.device)
         document_starts = None if document_starts is None else document_starts.to(tokens.device)
@@ -148,8 +166,8 @@ class HopeLM(nn.Module):
             own = None if state is None else _with_prefix(state, prefix)
             x, own = block(x, own, lengths, document_starts)
             new_state |= {prefix + name: tensor for name, tensor in own.items()}
-        logits: Tensor = self.head(self.norm(x))
-        return logits, new_state
+        features: Tensor = self.norm(x)
+        return features, new_state
 
     def init_state(self, batch_size: int) -> State:
         """The state of fresh contexts, as named tensors (prefix "blocks.<i>."). Its size does not grow with the
@@ -298,9 +316,9 @@ def build_mixer(config: HopeConfig) -> nn.Module:
     """The sequence layer that a configuration names."""
     dim, heads = config.dim, config.heads
     if config.mixer == "plain_attention":
-        return PlainAttention(dim, heads)
+        return PlainAttention(dim, heads, rotary_base=config.rotary_base)
     if config.mixer == "attention":
-        return Attention(dim, heads, conv_width=config.conv_width)
+        return Attention(dim, heads, conv_width=config.conv_width, rotary_base=config.rotary_base)
     if config.mixer == "tnt":
         sizes = ("global_chunk_size", "local_chunk_sizes", "shard_length", "conv_width")
         own = (*sizes, "global_stride", "project_queries")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.memory.adaptation import FastWeight, LearningRule, read_change
-from nestlearn.memory.continuum import MLPLevel, check_periods
+from nestlearn.memory.continuum import GatedLevel, MLPLevel, check_periods
 from nestlearn.models.hope import HopeLM
 
 Strategy = Literal["last_quarter", "whole_depth", "interleaved"]
@@ -299,8 +299,8 @@ def find_mlps(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if not name.startswith(inside):
             continue
         if isinstance(model, HopeLM):
-            if isinstance(module, MLPLevel):
-                found[name] = (f"{name}.up", f"{name}.down")
+            if isinstance(module, MLPLevel | GatedLevel):
+                found[name] = tuple(f"{name}.{child}" for child, m in module.named_children() if is_linear(m))
             continue
         parts = [part.lower() for part in name.split(".")] + [type(module).__name__.lower()]
         if any(mixer in part for part in parts for mixer in _MIXERS):

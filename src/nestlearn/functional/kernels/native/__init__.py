@@ -182,7 +182,10 @@ def load(*sources: str) -> ctypes.CDLL:
     folder = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=12)
     for name in sources:
-        digest.update((folder / name).read_bytes())
+        try:
+            digest.update((folder / name).read_bytes())
+        except OSError as error:  # a copy of the modules alone, as in a folder that is exported with its code
+            raise Unavailable(f"the source {name} is not in {folder}") from error
     digest.update(" ".join([*compiler, *FLAGS, _describe_machine(compiler)]).encode())
     target = _cache() / f"{Path(sources[0]).stem}-{digest.hexdigest()}.so"
     if not target.exists():
