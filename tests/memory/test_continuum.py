@@ -13,7 +13,7 @@ from nestlearn.memory.adaptation import LearningRule
 from nestlearn.memory.continuum import AdaptedLevels, ContinuumMemory
 
 PERIODS = (2, 3, 6)
-RULES = (LearningRule(lr=0.2, clip=None), LearningRule(lr=0.1, clip=0.5, retention=0.9), LearningRule(lr=0.1))
+RULES = (LearningRule(lr=0.05, clip=None), LearningRule(lr=0.05, clip=0.5, retention=0.9), LearningRule(lr=0.1))
 
 
 def memory_system(variant: Any, level: Any = "mlp") -> ContinuumMemory:
@@ -71,6 +71,7 @@ def test_it_is_gradient_descent_of_a_copy_for_each_row(variant: str, level: str,
     x, goal = inputs(length)
     y, found = model.adapt(x, distance(goal), model.unadapted(2, RULES), RULES)
     assert found.tokens == length
+    assert y.isfinite().all()
     for row in range(2):
         outputs, changes = by_descent(model, x[row], goal[row])
         torch.testing.assert_close(y[row], outputs, rtol=1e-11, atol=1e-11)
