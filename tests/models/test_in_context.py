@@ -126,13 +126,14 @@ class Oracle:
     def update(self, names: tuple[str, ...], rule: LearningRule) -> None:
         norm = math.sqrt(sum(float(self.gathered[n].square().sum()) for n in names))
         for n in names:
-            g = self.gathered[n] * (1.0 if rule.clip is None else min(1.0, rule.clip / max(norm, 1e-30)))
+            scale = 1.0 if rule.clip is None else min(1.0, rule.clip / max(norm, 1e-30))
+            g = scale * self.gathered[n]
             if rule.rule == "momentum":
                 g = self.velocity[n] = rule.momentum * self.velocity[n] + g
             change = rule.retention * (self.weight(n).detach() - self.initial[n]) - rule.lr * g
             if rule.rule == "dgd":
                 x = F.normalize(torch.cat(self.inputs[n], 1)[0], dim=-1)
-                inverse = torch.linalg.inv(torch.eye(x.shape[1], dtype=x.dtype) + rule.lr * x.T @ x)
+                inverse = torch.linalg.inv(torch.eye(x.shape[1], dtype=x.dtype) + scale * rule.lr * x.T @ x)
                 change = change @ inverse if isinstance(self.linears[n], nn.Linear) else inverse @ change
             self.weight(n).data = self.initial[n] + change
             self.gathered[n] = torch.zeros_like(g)

@@ -21,14 +21,15 @@ Rule = Literal["gd", "dgd", "momentum"]
 class LearningRule:
     """How a level changes when it is due.
 
-    With g the gradient of the loss summed over the tokens since its last update (Eq. 71), scaled down to norm `clip`
-    over all weights of the level, and D the change:
+    With g the gradient of the loss summed over the tokens since its last update (Eq. 71), D the change, and c at most 1
+    such that the norm of c g over all weights of the level is at most `clip`:
 
-        gd        D <- retention D - lr g
-        momentum  S <- momentum S + g,  D <- retention D - lr S
-        dgd       D <- (retention D - lr g) (I + lr G)^-1,  G = sum of x x^T over the same tokens, |x| = 1    Eq. 56, 57
+        gd        D <- retention D - lr c g
+        momentum  S <- momentum S + c g,  D <- retention D - lr S
+        dgd       D <- (retention D - lr c g) (I + lr c G)^-1,  G = sum of x x^T over these tokens, |x| = 1   Eq. 56, 57
 
-    "dgd" gives way where its weight was used: what it learnt earlier at the same inputs goes as new things are learnt.
+    c scales the whole objective of Eq. 56, so also what "dgd" erases: it gives way where its weight was used, what it
+    learnt earlier at the same inputs goes as new things are learnt.
 
     Args:
         lr: learning rate, at least 0; at 0 nothing is gathered and nothing changes.
@@ -115,8 +116,7 @@ def read_change(x: Tensor, change: Tensor) -> Tensor:
 def update_level(weights: Mapping[str, FastWeight], rule: LearningRule) -> dict[str, FastWeight]:
     """The weights of a level after an update, with nothing gathered."""
     scale = _clipping(weights, rule.clip)
-    return {name: _update(weight, weight.gradient if scale is None else scale * weight.gradient, rule)
-            for name, weight in weights.items()}  # fmt: skip
+    return {name: _update(weight, scale, rule) for name, weight in weights.items()}
 
 
 def _clipping(weights: Mapping[str, FastWeight], clip: float | None) -> Tensor | None:
@@ -130,7 +130,8 @@ def _clipping(weights: Mapping[str, FastWeight], clip: float | None) -> Tensor |
     return torch.where(above, clip / torch.where(above, square, 1.0).sqrt(), 1.0)[:, None, None]
 
 
-def _update(weight: FastWeight, gradient: Tensor, rule: LearningRule) -> FastWeight:
+def _update(weight: FastWeight, scale: Tensor | None, rule: LearningRule) -> FastWeight:
+    gradient = weight.gradient if scale is None else scale * weight.gradient
     velocity = weight.velocity
     if velocity is not None:
         gradient = velocity = rule.momentum * velocity + gradient
@@ -139,7 +140,7 @@ def _update(weight: FastWeight, gradient: Tensor, rule: LearningRule) -> FastWei
     if gram is not None:
         identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
         # change (I + lr G)^-1, where the matrix is symmetric.
-        change = torch.linalg.solve(identity + rule.lr * gram, change.mT).mT
+        change = torch.linalg.solve(identity + rule.lr * (gram if scale is None else scale * gram), change.mT).mT
         gram = torch.zeros_like(gram)
     return FastWeight(change, torch.zeros_like(weight.gradient), velocity, gram)
 
