@@ -98,7 +98,9 @@ def plot(table: Table, records: Sequence[Record], path: Path) -> None:
     columns = list(dict.fromkeys(record["job"]["column"] for record in records))
     across = min(3, len(columns))
     down = -(-len(columns) // across)
-    figure = Figure(figsize=(4.2 * across, 3.1 * down + 0.5), dpi=130, layout="constrained")
+    figure = Figure(
+        figsize=(max(4.2 * across, 5.5), 3.1 * down + 0.2 * len(_models(records))), dpi=130, layout="constrained"
+    )
     panels = figure.subplots(down, across, squeeze=False).flatten()
     models = _models(records)
     for panel, column in zip(panels, columns, strict=False):
@@ -125,7 +127,7 @@ def plot(table: Table, records: Sequence[Record], path: Path) -> None:
         panel.set_axis_off()
     panels[0].set_ylabel("per cent right")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(across + 1, len(labels)), frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
