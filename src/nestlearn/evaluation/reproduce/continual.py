@@ -36,9 +36,14 @@ def tried(settings: Mapping[str, Any], rates: Sequence[float], **others: Sequenc
     return found
 
 
-def level_candidates(*periods: int) -> list[Mapping[str, Any]]:
+def level_candidates(*periods: int, rates: Sequence[float] = LEVEL_RATES) -> list[Mapping[str, Any]]:
     """Levels that descend on the summed gradient with momentum, unclipped."""
-    return tried({"kind": "levels", "periods": periods, "rule": "momentum", "clip": None}, LEVEL_RATES)
+    return tried({"kind": "levels", "periods": periods, "rule": "momentum", "clip": None}, rates)
+
+
+def delta_candidates(*periods: int) -> list[Mapping[str, Any]]:
+    """Levels under delta gradient descent, clipped to norm 1, at which a rate is the length of a step."""
+    return tried({"kind": "levels", "periods": periods, "rule": "dgd"}, (0.03, 0.1, 0.3))
 
 
 GRADIENT_DESCENT = tried({"kind": "levels", "periods": (512,), "clip": None}, [10 * rate for rate in LEVEL_RATES])

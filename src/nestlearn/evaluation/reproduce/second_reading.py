@@ -14,12 +14,14 @@ from nestlearn.evaluation.reproduce.continual import (
     ContinualPlan,
     ContinualTable,
     by_method,
+    delta_candidates,
     level_candidates,
     shown,
 )
 from nestlearn.evaluation.reproduce.table import Scale
 from nestlearn.io import atomic_path
 
+RATES = (2e-6, 5e-6, 1e-5)  # lower than where learning alone counts, for the sake of the base's domain
 LEVELS = {"1 level": (512,), "2 levels": (128, 512), "3 levels": (32, 128, 512)}
 PAGE = 2000  # bytes
 
@@ -96,7 +98,8 @@ TABLE = ContinualTable(
     title="The same fifty pages twice",
     methods={
         **{name: BASELINES[name] for name in ("SGD", "SGD, MLP blocks")},
-        **{name: level_candidates(*periods) for name, periods in LEVELS.items()},
+        **{name: level_candidates(*periods, rates=RATES) for name, periods in LEVELS.items()},
+        **{f"{name}, DGD": delta_candidates(*periods) for name, periods in LEVELS.items()},
     },
     plan=plan,
     score=score,
