@@ -65,7 +65,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._gradients_are_fit():
+        if self.gradients_are_fit():
             for group in self.param_groups:
                 parameters = [p for p in group["params"] if p.grad is not None]
                 if parameters:
@@ -174,8 +174,11 @@ class MemoryOptimizer(torch.optim.Optimizer):
                 if not same:
                     parameter.copy_(value)
 
-    def _gradients_are_fit(self) -> bool:
-        """Whether the step may go on; raises where it may not and nobody asked to skip it."""
+    def gradients_are_fit(self) -> bool:
+        """Whether the step may go on; raises where it may not and nobody asked to skip it.
+
+        `LevelOptimizer` asks before it gathers the gradients of slow groups.
+        """
         found: list[Tensor] = []
         for _, name, parameter in self._with_gradients():
             gradient = parameter.grad
