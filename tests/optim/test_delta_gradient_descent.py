@@ -417,6 +417,36 @@ def test_torch_func_leaves_nothing_behind() -> None:
     assert_same(model, reference)
 
 
+def test_gradients_of_something_else_count_no_input() -> None:
+    """As a memory that learns in context asks for them, between zero_grad and the backward pass."""
+    model, reference = mlp(), mlp()
+    optimizer, plain = (DeltaGradientDescent(one, lr=0.1) for one in (model, reference))
+    x, y = data(seed=5)
+    inner = x.clone().requires_grad_()
+    torch.autograd.grad(loss_of(model, inner, y), inner)
+    torch.autograd.backward(loss_of(model, inner, y), inputs=[inner])
+    for one, own in ((model, optimizer), (reference, plain)):
+        loss_of(one, *data()).backward()
+        own.step()
+    assert_same(model, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_gradients_that_are_asked_for_count(inputs: bool) -> None:
+    model, reference = mlp(), mlp()
+    optimizer, plain = (DeltaGradientDescent(one, lr=0.1) for one in (model, reference))
+    params = list(model.parameters())
+    if inputs:
+        torch.autograd.backward(loss_of(model, *data()), inputs=params)
+    else:
+        for parameter, gradient in zip(params, torch.autograd.grad(loss_of(model, *data()), params), strict=True):
+            parameter.grad = gradient
+    loss_of(reference, *data()).backward()
+    optimizer.step()
+    plain.step()
+    assert_same(model, reference, rtol=0, atol=0)
+
+
 def test_under_levels_a_skipped_step_gathers_nothing() -> None:
     model, reference = mlp(), mlp()
     both = []

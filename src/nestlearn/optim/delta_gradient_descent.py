@@ -97,9 +97,14 @@ class _Layer:
         """Counts a forward pass once the gradient of its output arrives.
 
         So evaluations count nothing, and under activation checkpointing either the first pass or its recomputation
-        counts, the one that is differentiated. What waits for the gradient is a Gram matrix, never the inputs.
+        counts, the one that is differentiated. What waits for the gradient is a Gram matrix, never the inputs. Where
+        only the gradient of something else is asked for, as by a memory that learns in context, nothing is counted.
         """
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and output.numel()):
+            return
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if not weight.requires_grad:
             return
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
             return  # torch.func computes no gradient of a parameter's own, and its tensors do not outlive it
@@ -107,10 +112,22 @@ class _Layer:
         if self.bias is None:
             seen = _Seen(seen.gram, None, seen.count)
 
+        # A shard is not what the layer has multiplied by: its gradient comes from elsewhere.
+        node = None if isinstance(weight, DTensor) else torch.autograd.graph.get_gradient_edge(weight).node
+
         def arrived(gradient: Tensor) -> None:
-            self.seen = seen if self.seen is None else self.seen + seen
+            if node is None or _is_differentiated(node):
+                self.seen = seen if self.seen is None else self.seen + seen
 
         output.register_hook(arrived)
+
+
+def _is_differentiated(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward pass that is running also computes the gradient of a weight."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # what torch.autograd.grad is asked for
+        return True
 
 
 class _LastInput:
