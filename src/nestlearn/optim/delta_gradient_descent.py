@@ -106,7 +106,7 @@ class _Layer:
         assert isinstance(weight, Tensor)
         if not weight.requires_grad:
             return
-        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(output):
             return  # torch.func computes no gradient of a parameter's own, and its tensors do not outlive it
         seen = self._last.seen(inputs[0] if inputs else named["input"])
         if self.bias is None:
