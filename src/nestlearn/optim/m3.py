@@ -134,7 +134,7 @@ def _orthogonalize(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
         stack = flat[0] if len(flat) == 1 else torch.cat(flat)
         # To a largest entry of 1, or the squares of its norm vanish or overflow. What has decayed below the normal
         # numbers is zero.
-        size = torch.linalg.vector_norm(stack, ord=torch.inf, dim=(-2, -1), keepdim=True)
+        size = stack.abs().amax((-2, -1), keepdim=True)
         stack = stack * torch.where(size > _tiny(stack), size.reciprocal(), 0.0)
         if device.type == "cuda" and dtype == torch.float32:
             stack = stack.bfloat16()
