@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ def argmin_of_equation_56(weight: Tensor, x: Tensor, u: Tensor, lr: float) -> Te
     rows = torch.cat([x / len(x) ** 0.5, torch.eye(x.shape[1], dtype=x.dtype) / lr**0.5])
     targets = torch.cat([u / len(x) ** 0.5, weight.mT / lr**0.5])
     return torch.linalg.lstsq(rows, targets, driver="gelsd").solution.mT
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def with_one(x: Tensor) -> Tensor:
@@ -321,3 +326,141 @@ def test_a_dropped_optimizer_leaves_no_hooks() -> None:
 def test_settings_out_of_range(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DeltaGradientDescent(mlp(), **settings)
+
+
+def test_inputs_by_name_and_empty_batches() -> None:
+    model = nn.Linear(5, 3).double()
+    named = copy.deepcopy(model)
+    x, y = data()
+    for layer in (model, named):
+        optimizer = DeltaGradientDescent(layer, lr=0.1)
+        loss_of(layer, x, y).backward()
+        if layer is named:
+            optimizer.zero_grad()
+            layer(x[:0]).sum().backward()
+            optimizer.step()  # nothing to learn from
+            optimizer.zero_grad()
+            (layer(input=x) - y).square().sum(-1).mean().backward()
+        optimizer.step()
+    assert_same(model, named)
+
+
+@pytest.mark.parametrize("rule", ["dgd", "delta"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_bias_without_its_weight_is_a_memory_of_its_own(rule: str, frozen: bool) -> None:
+    """Its weight is frozen after the start, or moves with another group; its only key is 1."""
+    model = nn.Linear(5, 3).double()
+    optimizer = DeltaGradientDescent(model, lr=0.5, rule=rule)
+    if frozen:
+        model.weight.requires_grad_(False)
+    else:
+        (group,) = optimizer.param_groups
+        group |= {"params": [model.weight], "param_names": ["weight"]}
+        optimizer.add_param_group({"params": [("bias", model.bias)], "rule": rule})
+    before = copy.deepcopy(model)
+    loss_of(model, *data()).backward()
+    gradient = model.bias.grad.clone()
+    optimizer.step()
+    start = before.bias.detach()
+    expected = (start - 0.5 * gradient) / 1.5 if rule == "dgd" else start - 0.5 * gradient / 1.5
+    torch.testing.assert_close(model.bias.detach(), expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(model.weight, before.weight) == frozen
+
+
+def test_a_shared_bias_is_left_to_others() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    model[1].bias = model[0].bias
+    with pytest.raises(ValueError, match=r"0\.bias \(Linear, shared with 1\)"):
+        DeltaGradientDescent(model)
+    groups = DeltaGradientDescent(model, others="sgd").param_groups
+    assert [g["param_names"] for g in groups] == [["0.weight", "1.weight"], ["0.bias"]]
+
+
+@pytest.mark.parametrize("rule", ["dgd", "delta"])
+def test_rates_at_which_rounding_spoils_the_gram_matrix(rule: str) -> None:
+    """In fp32 I + lr G has negative eigenvalues; where there are inputs, the step is still the exact one."""
+    weight, x, error = (random(*shape, seed=i) for i, shape in enumerate([(8, 64), (32, 64), (32, 8)]))
+    x = 30 * x
+    update, gram = error.mT @ x / 32, x.mT @ x / 32
+    assert bool(torch.linalg.cholesky_ex(torch.eye(64) + 1e4 * gram.float()).info)
+    expected = delta_step(weight, update, gram, lr=1e4, rule=rule)
+    found = delta_step(weight.float(), update.float(), gram.float(), lr=1e4, rule=rule).double()
+    torch.testing.assert_close(found @ x.mT, expected @ x.mT, rtol=0, atol=0.01 * float((weight @ x.mT).abs().max()))
+
+
+def test_copies_go_on_by_themselves() -> None:
+    model = mlp()
+    optimizer = DeltaGradientDescent(model, lr=0.1, momentum=0.5)
+    train(model, optimizer)
+    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    train(model, optimizer)
+    for other, own in copies:
+        assert_same(train(other, own), model, rtol=0, atol=0)
+        del own
+    del copies
+    gc.collect()
+    assert not other[0]._forward_hooks
+    assert model[0]._forward_hooks
+
+
+def test_torch_func_leaves_nothing_behind() -> None:
+    model, reference = mlp(), mlp()
+    optimizer, plain = (DeltaGradientDescent(one, lr=0.1) for one in (model, reference))
+    x, y = data()
+    for one in (model, reference):
+        loss_of(one, x, y).backward()
+    torch.func.vmap(
+        torch.func.grad(lambda own, z: torch.func.functional_call(model, own, (z,)).square().sum()), (None, 0)
+    )(dict(model.named_parameters()), x)
+    optimizer.step()
+    plain.step()
+    assert_same(model, reference)
+
+
+def test_gradients_of_something_else_count_no_input() -> None:
+    """As a memory that learns in context asks for them, between zero_grad and the backward pass."""
+    model, reference = mlp(), mlp()
+    optimizer, plain = (DeltaGradientDescent(one, lr=0.1) for one in (model, reference))
+    x, y = data(seed=5)
+    inner = x.clone().requires_grad_()
+    torch.autograd.grad(loss_of(model, inner, y), inner)
+    torch.autograd.backward(loss_of(model, inner, y), inputs=[inner])
+    for one, own in ((model, optimizer), (reference, plain)):
+        loss_of(one, *data()).backward()
+        own.step()
+    assert_same(model, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_gradients_that_are_asked_for_count(inputs: bool) -> None:
+    model, reference = mlp(), mlp()
+    optimizer, plain = (DeltaGradientDescent(one, lr=0.1) for one in (model, reference))
+    params = list(model.parameters())
+    if inputs:
+        torch.autograd.backward(loss_of(model, *data()), inputs=params)
+    else:
+        for parameter, gradient in zip(params, torch.autograd.grad(loss_of(model, *data()), params), strict=True):
+            parameter.grad = gradient
+    loss_of(reference, *data()).backward()
+    optimizer.step()
+    plain.step()
+    assert_same(model, reference, rtol=0, atol=0)
+
+
+def test_under_levels_a_skipped_step_gathers_nothing() -> None:
+    model, reference = mlp(), mlp()
+    both = []
+    for one in (model, reference):
+        inner = DeltaGradientDescent(one, lr=0.1, nonfinite="skip")
+        inner.param_groups[0]["period"] = 2
+        both.append(LevelOptimizer(inner))
+    for step in range(4):
+        for one, optimizer in zip((model, reference), both, strict=True):
+            train(one, optimizer, steps=1)
+            if one is model and step % 2 == 0:
+                optimizer.zero_grad()
+                (loss_of(one, *data()) * float("nan")).backward()
+                with pytest.warns(RuntimeWarning, match="step skipped"):
+                    optimizer.step()
+    assert both[0].steps == both[1].steps == 4
+    assert_same(model, reference)

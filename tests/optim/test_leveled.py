@@ -1,6 +1,7 @@
 """LevelOptimizer: each group at its own period, everything else as the wrapped optimizer does it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -309,3 +310,28 @@ def test_a_copied_model_keeps_its_memories_from_decay() -> None:
         }
         assert decayed
         assert not [name for name in decayed if ".mixer.memory." in name or "embedding" in name]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_beside_a_scheduler_steps_itself(how) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = LevelOptimizer(torch.optim.SGD([parameter], lr=0.5))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    other = how(optimizer)
+    (own,) = other.param_groups[0]["params"]
+    own.grad = torch.ones(2)
+    other.step()
+    assert (optimizer.steps, other.steps) == (0, 1)
+    assert own.tolist() == [0.5, 0.5]
+    assert parameter.tolist() == [1.0, 1.0]
+    called = []
+    other.register_step_post_hook(lambda *_: called.append(1))
+    other.step()
+    assert called == [1]
+
+
+def test_a_group_with_a_bad_period_is_not_added() -> None:
+    optimizer = LevelOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5))
+    with pytest.raises(ValueError, match="'period'"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "period": 0})
+    assert len(optimizer.param_groups) == 1

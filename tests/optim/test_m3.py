@@ -104,6 +104,34 @@ def test_the_averaged_step_does_not_depend_on_the_scale_of_the_gradient(dtype) -
     torch.testing.assert_close(found[0], found[2], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["ema", "paper"])
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e-30, 1e-22, 1e15, 1e20, 1e30])
+def test_gradients_whose_squares_vanish_or_overflow_break_nothing(form, scale) -> None:
+    parameter = nn.Parameter(random(8, 5, seed=0).float())
+    before = parameter.detach().clone()
+    gradients = [(scale * random(8, 5, seed=t)).float() for t in range(10)]
+    run(M3([parameter], lr=0.1, form=form, period=3, weight_decay=0.0), [parameter], [gradients], stop=10)
+    assert bool(parameter.isfinite().all())
+    if form == "ema" and scale > 1e-38:
+        assert float((parameter.detach() - before).square().mean().sqrt()) > 0.02
+
+
+def test_gradients_that_become_zero_stop_a_matrix_in_the_end() -> None:
+    """The averages decay through all numbers that are too small to be squared."""
+    parameter = nn.Parameter(random(8, 5, seed=0).float())
+    optimizer = M3([parameter], lr=1e-3, weight_decay=0.0, alpha=0.0)
+    run(optimizer, [parameter], [[random(8, 5, seed=0)] + [torch.zeros(8, 5)] * 999], stop=1000)
+    before = parameter.detach().clone()
+    run(optimizer, [parameter], [[torch.zeros(8, 5)] * 5], stop=5)
+    assert torch.equal(parameter, before)
+    assert bool(before.isfinite().all())
+
+
+def test_eps_is_that_of_the_groups_own_form() -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], **own} for own in ({}, {"form": "paper"}, {"eps": 0.5})]
+    assert [group["eps"] for group in M3(groups).param_groups] == [1.0, 1e-8, 0.5]
+
+
 def test_an_averaged_step_has_the_size_of_adamws() -> None:
     parameter = nn.Parameter(random(32, 48, seed=0))
     before = parameter.detach().clone()

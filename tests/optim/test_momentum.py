@@ -188,6 +188,19 @@ def test_deep_momentum_descends_its_objective(objective: str) -> None:
         torch.testing.assert_close(parameter.detach(), w, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-22, 1e22, 1e30])
+def test_deep_momentum_does_not_depend_on_the_scale_of_the_gradient(scale: float) -> None:
+    found = []
+    for factor in (1.0, scale):
+        parameter = nn.Parameter(random(4, 6).float())
+        optimizer = DeepMomentum([parameter], lr=0.1)
+        for step in range(5):
+            parameter.grad = (factor * random(4, 6, seed=step)).float()
+            optimizer.step()
+        found.append(parameter.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
 def test_a_deep_memory_learns_to_go_downhill() -> None:
     parameter = nn.Parameter(random(6, 8))
     optimizer = DeepMomentum([parameter], lr=0.02)

@@ -45,12 +45,16 @@ def delta_step(weight: Tensor, update: Tensor, gram: Tensor, *, lr: float, rule:
     Returns:
         The new weight, (rows, columns).
     """
+    solved = weight - lr * update if rule == "dgd" else -lr * update
     system = lr * gram
     system.diagonal().add_(1.0)
-    factor = torch.linalg.cholesky(system)
-    if rule == "dgd":
-        return torch.cholesky_solve((weight - lr * update).mT, factor).mT
-    return weight - lr * torch.cholesky_solve(update.mT, factor).mT
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if bool(failed):  # at large lr G, rounding makes it indefinite: G without its negative eigenvalues
+        values, vectors = torch.linalg.eigh(gram.double())
+        solved = ((solved.double() @ vectors) / (1 + lr * values.clamp_min(0)) @ vectors.mT).to(weight.dtype)
+    else:
+        solved = torch.cholesky_solve(solved.mT, factor).mT
+    return solved if rule == "dgd" else weight + solved
 
 
 def gram_matrix(x: Tensor) -> Tensor:
@@ -87,24 +91,43 @@ class _Layer:
         self.weight, self.bias = module.weight, module.bias
         self.seen: _Seen | None = None
         self._last = others
-        self.handle = module.register_forward_hook(self._watch)
+        self.handle = module.register_forward_hook(self._watch, with_kwargs=True)
 
-    def _watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _watch(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """Counts a forward pass once the gradient of its output arrives.
 
         So evaluations count nothing, and under activation checkpointing either the first pass or its recomputation
-        counts, the one that is differentiated. What waits for the gradient is a Gram matrix, never the inputs.
+        counts, the one that is differentiated. What waits for the gradient is a Gram matrix, never the inputs. Where
+        only the gradient of something else is asked for, as by a memory that learns in context, nothing is counted.
         """
-        if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+        if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and output.numel()):
             return
-        seen = self._last.seen(inputs[0])
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if not weight.requires_grad:
+            return
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(output):
+            return  # torch.func computes no gradient of a parameter's own, and its tensors do not outlive it
+        seen = self._last.seen(inputs[0] if inputs else named["input"])
         if self.bias is None:
             seen = _Seen(seen.gram, None, seen.count)
 
+        # A shard is not what the layer has multiplied by: its gradient comes from elsewhere.
+        node = None if isinstance(weight, DTensor) else torch.autograd.graph.get_gradient_edge(weight).node
+
         def arrived(gradient: Tensor) -> None:
-            self.seen = seen if self.seen is None else self.seen + seen
+            if node is None or _is_differentiated(node):
+                self.seen = seen if self.seen is None else self.seen + seen
 
         output.register_hook(arrived)
+
+
+def _is_differentiated(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward pass that is running also computes the gradient of a weight."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # what torch.autograd.grad is asked for
+        return True
 
 
 class _LastInput:
@@ -114,6 +137,9 @@ class _LastInput:
         self._of: weakref.ref[Tensor] | None = None
         self._version = -1
         self._found: _Seen | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _LastInput, ()  # nothing to copy, and no weak reference can be saved
 
     def seen(self, x: Tensor) -> _Seen:
         same = self._of is not None and self._of() is x and self._version == x._version
@@ -184,7 +210,7 @@ class DeltaGradientDescent(MemoryOptimizer):
                 f"parameters: expected an nn.Module, got {type(model).__name__}"
             )
         need(others in (None, "adamw", "sgd"), "others", "'adamw', 'sgd' or None", others)
-        layers, rest = _sort(model)
+        layers, treated, rest = _sort(model)
         if rest and others is None:
             shown = ", ".join(f"{name} ({kind})" for name, _, kind in rest[:8]) + (", ..." if len(rest) > 8 else "")
             raise ValueError(
@@ -200,7 +226,6 @@ class DeltaGradientDescent(MemoryOptimizer):
         self._process_group = process_group
         weakref.finalize(self, _remove_hooks, list(self._layers.values()))
         own = {"lr": lr if others_lr is None else others_lr, "weight_decay": 0.0}
-        treated = {parameter for name, module in layers for _, parameter in _members(name, module)}
         groups: list[dict[str, Any]] = []
         for period, members in sorted(levels_of(model).items()):
             linear = [pair for pair in members if pair[1] in treated]
@@ -228,6 +253,15 @@ class DeltaGradientDescent(MemoryOptimizer):
             foreign = [p for p in group["params"] if p not in self._layers and not self._is_bias(p)]
             shapes = [tuple(p.shape) for p in foreign]
             need(not foreign, "params", "weights and biases of the model's linear layers", shapes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_layers": self._layers, "_process_group": self._process_group}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_layers" in state:  # of a copy, and not of `load_state_dict`
+            weakref.finalize(self, _remove_hooks, list(self._layers.values()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears gradients, and the inputs that belong to them."""
@@ -267,9 +301,12 @@ class DeltaGradientDescent(MemoryOptimizer):
                 parameter.add_(update, alpha=-float(group["lr"]))
             return
         by_parameter = dict(zip(parameters, updates, strict=True))
+        weights: dict[Tensor | None, Tensor] = {layer.bias: weight for weight, layer in self._layers.items()}
         for parameter in parameters:
             if parameter in self._layers:
                 self._move(group, self._layers[parameter], by_parameter)
+            elif weights[parameter] not in by_parameter:
+                self._move_bias(group, parameter, by_parameter[parameter])
 
     def _move(self, group: dict[str, Any], layer: _Layer, updates: dict[Tensor, Tensor]) -> None:
         weight, lr = layer.weight, float(group["lr"])
@@ -298,6 +335,13 @@ class DeltaGradientDescent(MemoryOptimizer):
         local(weight).copy_(moved[:, : rows.shape[1]])
         if bias is not None:
             local(bias).copy_(moved[:, -1])
+
+    def _move_bias(self, group: dict[str, Any], bias: Tensor, update: Tensor) -> None:
+        """Of a layer whose weight stays, or has a group of its own: a memory whose only key is 1."""
+        own, update = local(bias).to(update.dtype)[:, None], local(update)[:, None]
+        if bool(update.any()):
+            moved = delta_step(own, update, own.new_ones(1, 1), lr=float(group["lr"]), rule=group["rule"])
+            local(bias).copy_(moved[:, 0])
 
     def _taken(self, layer: _Layer) -> _Seen | None:
         """All that a layer has seen since it last moved, on all processes; it begins anew."""
@@ -335,8 +379,8 @@ class DeltaGradientDescent(MemoryOptimizer):
         return any(layer.bias is parameter for layer in self._layers.values())
 
 
-def _sort(model: nn.Module) -> tuple[list[tuple[str, nn.Linear]], list[tuple[str, nn.Parameter, str]]]:
-    """Linear layers that can be treated, and all other parameters that require a gradient, with what holds them."""
+def _sort(model: nn.Module) -> tuple[list[tuple[str, nn.Linear]], set[Tensor], list[tuple[str, nn.Parameter, str]]]:
+    """Linear layers to be treated, their weights and biases, and what else requires a gradient, with what holds it."""
     holders: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
@@ -349,26 +393,20 @@ def _sort(model: nn.Module) -> tuple[list[tuple[str, nn.Linear]], list[tuple[str
         if parameter.requires_grad and sound:
             assert isinstance(module, nn.Linear)
             layers.append((path, module))
-            treated |= {module.weight} if module.bias is None else {module.weight, module.bias}
+            own_bias = module.bias is not None and len(holders[module.bias]) == 1
+            treated |= {module.weight, module.bias} if own_bias else {module.weight}
     rest = []
     for parameter, places in holders.items():
         if parameter.requires_grad and parameter not in treated:
             path, module, own = places[0]
             shared = f", shared with {places[1][0] or 'the model'}" if len(places) > 1 else ""
             rest.append((f"{path}.{own}" if path else own, parameter, type(module).__name__ + shared))
-    return layers, rest
+    return layers, treated, rest
 
 
 def _by_rows(weight: Tensor) -> bool:
     """Whether a process holds whole rows of it."""
     return not isinstance(weight, DTensor) or all(p == Shard(0) or p.is_replicate() for p in weight.placements)
-
-
-def _members(name: str, module: nn.Linear) -> list[tuple[str, Tensor]]:
-    found = [(f"{name}.weight" if name else "weight", module.weight)]
-    if module.bias is not None and module.bias.requires_grad:
-        found.append((f"{name}.bias" if name else "bias", module.bias))
-    return found
 
 
 def _remove_hooks(layers: list[_Layer]) -> None:

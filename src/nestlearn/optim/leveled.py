@@ -35,7 +35,8 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     ``param_groups``, ``state`` and ``defaults`` are those of the inner optimizer, so learning-rate schedulers work
     unchanged (a slow group uses the rate that holds when it is due). `torch.amp.GradScaler` works too: a step that it
-    skips for infinite gradients does not count.
+    skips for infinite gradients does not count, and neither does one that an optimizer of this package refuses, none of
+    whose gradients is gathered, where a group has a period above 1.
 
     Args:
         optimizer: The optimizer that does the updates, any but LBFGS, which must evaluate its closure many times.
@@ -61,9 +62,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         self._clock = Clock(unit="step")
         self._means: dict[Tensor, Tensor] = {}
         self._counts: dict[Tensor, int] = {}
-        kinds = ("step", "state_dict", "load_state_dict")
-        for kind in [f"{kind}_{when}" for kind in kinds for when in ("pre", "post")]:
-            setattr(self, f"_optimizer_{kind}_hooks", getattr(optimizer, f"_optimizer_{kind}_hooks"))
+        self._share_hooks()
         for group in self.param_groups:
             _check_period(group)
 
@@ -146,9 +145,11 @@ class LevelOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        for group in groups:
-            if _check_period(group) > 1:
-                self._gather(group)
+        gathering = [group for group in groups if _check_period(group) > 1]
+        if gathering and not getattr(self.optimizer, "gradients_are_fit", lambda: True)():
+            return loss
+        for group in gathering:
+            self._gather(group)
         clock = self._clock.advance()
         due = [group for group in groups if clock.due(_level(group))]
         slow = [p for group in due if group["period"] > 1 for p in group["params"]]
@@ -176,8 +177,8 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; ``period`` defaults to 1."""
+        _check_period(param_group)
         self.optimizer.add_param_group(param_group)
-        _check_period(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict plus ``"levels"``: the clock and the gradients gathered so far.
@@ -244,10 +245,17 @@ class LevelOptimizer(torch.optim.Optimizer):
         return f"LevelOptimizer(periods={periods}, optimizer={self.optimizer!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        # A learning-rate scheduler puts a `step` on the instance, which in a copy would still step the original.
+        return {name: value for name, value in self.__dict__.items() if name != "step" and not name.endswith("_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._share_hooks()
+
+    def _share_hooks(self) -> None:
+        kinds = ("step", "state_dict", "load_state_dict")
+        for kind in [f"{kind}_{when}" for kind in kinds for when in ("pre", "post")]:
+            setattr(self, f"_optimizer_{kind}_hooks", getattr(self.optimizer, f"_optimizer_{kind}_hooks"))
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:

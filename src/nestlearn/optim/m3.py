@@ -25,6 +25,8 @@ ADAMW_RMS = 0.2
 _SMALL = 128
 # Numbers that are orthogonalised at once: bounds the memory that a batch takes.
 _BATCH = 1 << 25
+# A second moment of the "ema" form is at most this part of the largest number: the mean of a matrix stays finite.
+_MOST = 2.0**-30
 
 
 def m3_step(
@@ -57,7 +59,8 @@ def m3_step(
 
         U = (NS(M1) + alpha O2) / (sqrt(V / mean(V)) + eps)       W <- W - lr 0.2 U / rms(U)
 
-    with mean and root mean square over one matrix: bias corrections would cancel, and so does the gradient's scale.
+    with mean and root mean square over one matrix: bias corrections would cancel, and so does the gradient's scale (in
+    fp32 between about 1e-18 and 1e14; beyond, V is zero or at its limit, and what remains is U = NS(M1) + alpha O2).
 
     Args:
         parameters: each (..., rows, columns), a matrix or a stack of matrices, each of which is treated as if alone.
@@ -83,6 +86,8 @@ def m3_step(
         torch._foreach_add_(states[1], g, alpha=(1 - betas[2]) / period)
         torch._foreach_mul_(states[2], betas[1])
         torch._foreach_addcmul_(states[2], g, g, value=1 - betas[1])
+        for variance in variances:
+            variance.clamp_(max=_MOST * torch.finfo(variance.dtype).max)
     else:
         torch._foreach_add_(states[0], g, alpha=betas[0])
         torch._foreach_add_(states[1], g, alpha=betas[2])
@@ -94,7 +99,7 @@ def m3_step(
     if form == "ema":
         tiny = torch.finfo(fast[0].dtype).tiny
         for root, variance in zip(roots, variances, strict=True):
-            root.add_(variance.mean((-2, -1), keepdim=True).sqrt() * eps + tiny)
+            root.div_(variance.mean((-2, -1), keepdim=True).sqrt() + tiny).add_(eps + tiny)
         torch._foreach_div_(directions, roots)
         for u in directions:
             u.mul_(-ADAMW_RMS / (u.square().mean((-2, -1), keepdim=True).sqrt() + tiny))
@@ -127,8 +132,12 @@ def _orthogonalize(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
         lying = [full[i] if full[i].shape[-2] == small else full[i].mT for i in members]
         flat = [x.reshape(-1, small, large) for x in lying]
         stack = flat[0] if len(flat) == 1 else torch.cat(flat)
+        # To a largest entry of 1, or the squares of its norm vanish or overflow. What has decayed below the normal
+        # numbers is zero.
+        size = stack.abs().amax((-2, -1), keepdim=True)
+        stack = stack * torch.where(size > _tiny(stack), size.reciprocal(), 0.0)
         if device.type == "cuda" and dtype == torch.float32:
-            stack = (stack / (torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True) + _tiny(stack))).bfloat16()
+            stack = stack.bfloat16()
         done = newton_schulz(stack, steps=steps, eps=_tiny(stack)).to(dtype)
         for i, x, part in zip(members, lying, done.split([len(x) for x in flat]), strict=True):
             part = part.view(x.shape)
@@ -197,7 +206,7 @@ class M3(MemoryOptimizer):
             "alpha": alpha,
             "slow_period": period,
             "ns_steps": ns_steps,
-            "eps": (1.0 if form == "ema" else 1e-8) if eps is None else eps,
+            "eps": eps,
             "weight_decay": weight_decay,
             "rule": "m3",
             "adamw_betas": adamw_betas,
@@ -236,6 +245,12 @@ class M3(MemoryOptimizer):
         notice(describe_groups(groups))
         kept = [{name: value for name, value in group.items() if name != "reasons"} for group in groups]
         return cls(kept, lr, weight_decay=weight_decay, **settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; its eps, where it is None, is that of its own form. Errors as in the class."""
+        if param_group.get("eps", self.defaults["eps"]) is None:
+            param_group["eps"] = 1.0 if param_group.get("form", self.defaults["form"]) == "ema" else 1e-8
+        super().add_param_group(param_group)
 
     def check_group(self, group: Any) -> None:
         super().check_group(group)

@@ -56,7 +56,8 @@ def remember_by_delta_rule(
         rate: zeta.
         form: "explicit", one step of gradient descent, m (alpha - zeta g^T g) + zeta value, which diverges where
             zeta |g|^2 exceeds 2. "implicit", the argmin of the objective plus |m - alpha m_t|^2 / (2 zeta),
-            (alpha m + zeta value) (I + zeta g^T g)^-1, for gradients of any size.
+            (alpha m + zeta value) (I + zeta g^T g)^-1, which no gradient makes diverge. Rounding costs zeta |g|^2 times
+            the precision, so that in fp32 sqrt(zeta) |g| should stay below 1000.
     """
     written = decay * momentum + rate * value
     if form == "explicit":

@@ -65,7 +65,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._gradients_are_fit():
+        if self.gradients_are_fit():
             for group in self.param_groups:
                 parameters = [p for p in group["params"] if p.grad is not None]
                 if parameters:
@@ -174,10 +174,13 @@ class MemoryOptimizer(torch.optim.Optimizer):
                 if not same:
                     parameter.copy_(value)
 
-    def _gradients_are_fit(self) -> bool:
-        """Whether the step may go on; raises where it may not and nobody asked to skip it."""
+    def gradients_are_fit(self) -> bool:
+        """Whether the step may go on; raises where it may not and nobody asked to skip it.
+
+        `LevelOptimizer` asks before it gathers the gradients of slow groups.
+        """
         found: list[Tensor] = []
-        for _, name, parameter in self._with_gradients():
+        for name, parameter in self._with_gradients():
             gradient = parameter.grad
             assert gradient is not None
             for kind, bad in (("sparse", gradient.layout != torch.strided), ("complex", gradient.is_complex())):
@@ -189,8 +192,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
             found.append(gradient)
         if not found or self._all_finite(found):
             return True
-        broken = [(g, name) for g, name, p in self._with_gradients() if not bool(local(p.grad).isfinite().all())]
-        names = ", ".join(name for _, name in broken[:3]) or "a shard on another process"
+        broken = [name for name, p in self._with_gradients() if not bool(local(p.grad).isfinite().all())]
+        names = ", ".join(broken[:3]) or "a shard on another process"
         if any(group["nonfinite"] == "raise" for group in self.param_groups):
             raise ValueError(
                 f"the gradient of {names} is not finite, so nothing was moved; look for the cause (a learning rate "
@@ -212,14 +215,14 @@ class MemoryOptimizer(torch.optim.Optimizer):
             fine = bool(flag)
         return fine
 
-    def _with_gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Number of the group, what to call the parameter, and the parameter."""
+    def _with_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """What to call a parameter, and the parameter."""
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names")
             for i, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
                     name = names[i] if names else f"parameter {i} of group {number}, shape {tuple(parameter.shape)},"
-                    yield number, name, parameter
+                    yield name, parameter
 
 
 def need(holds: bool, name: str, expected: str, got: Any) -> None:
