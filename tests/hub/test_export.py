@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from nestlearn.cli import main
-from nestlearn.hub import export
+from nestlearn.hub import export, load
 from nestlearn.hub.remote_code import collect, rewrite
 from nestlearn.models.generation import Sampling, generate
 from nestlearn.training.checkpoint import find_checkpoint, load_model, save_checkpoint
@@ -110,6 +111,22 @@ def test_command(
     assert "holds something else than an exported Hope" in capsys.readouterr().err
     assert command(str(run / "none"), str(tmp_path / "new")) == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_are_no_whole_model_are_refused(exported: Path, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    with pytest.raises(FileNotFoundError, match="holds a model of transformers, not a run"):
+        find_checkpoint(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"copy has no tokenizer that can be loaded; tokenizer\.save_pretrained"):
+        load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a model of type None; expected 'hope'"):
+        load(folder)
+    with pytest.raises(FileExistsError, match="holds something else"):
+        export(run, folder)
 
 
 @pytest.fixture(scope="module")

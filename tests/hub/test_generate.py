@@ -164,6 +164,19 @@ def test_a_copied_cache_is_continued_twice() -> None:
     assert cache.get_seq_length() == 9
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_cache_stays_as_it_is_where_none_is_to_be_kept(mixer: str, tokens: int) -> None:
+    model = small_model(mixer)
+    with torch.no_grad():
+        cache = model(text(2, 12)).past_key_values
+        before = {name: tensor.clone() for name, tensor in (cache_to_state(cache) or {}).items()}
+        model(text(2, tokens, seed=1), past_key_values=cache, use_cache=False)
+    after = cache_to_state(cache) or {}
+    assert cache.get_seq_length() == 12
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_cache_and_state_are_the_same_thing(mixer: str) -> None:
     model = small_model(mixer)
@@ -239,9 +252,12 @@ def test_what_cannot_be_done_is_refused() -> None:
         ({"attention_mask": torch.ones(1, 1, 7, 7)}, "document_starts or position_ids"),
         ({"output_attentions": True}, "output_attentions: Hope records none"),
         ({"inputs_embeds": torch.zeros(1, 7, 16)}, "takes no inputs_embeds"),
+        ({"position_ids": torch.arange(5)}, "position_ids: expected one number a token"),
     ):
         with pytest.raises(ValueError, match=says):
             model(ids, **settings)
+    with pytest.raises(ValueError, match="takes no inputs_embeds"):
+        model.generate(inputs_embeds=torch.zeros(1, 7, 16), max_new_tokens=2)
     cache = HopeCache()
     model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="cannot be cropped"):

@@ -90,8 +90,14 @@ def test_the_two_ways_to_read_a_document_differ(run: Path) -> None:
 
 
 def test_command(
-    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], measured: dict[str, Any]
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    measured: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # which is no git repository
+
     def command(*words: str) -> int:
         monkeypatch.setattr("sys.argv", ["nestlearn", "eval", str(exported), *words])
         with pytest.raises(SystemExit) as end:
@@ -99,14 +105,16 @@ def test_command(
         return int(end.value.code or 0)
 
     assert command("--tasks", "piqa, lambada", "--limit", str(SAMPLE), "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    written = capfd.readouterr()
+    assert "not a git repository" not in written.err
+    report = json.loads(written.out)
     assert report["tasks"] == {name: pytest.approx(measured[name], rel=1e-6) for name in ("piqa", "lambada")}
     assert command("--tasks", "arc_easy", "--limit", "2") == 0
-    assert "acc_norm" in capsys.readouterr().out
+    assert "acc_norm" in capfd.readouterr().out
     assert command("--tasks", "piqa", "--limit", "-1") == 2
-    assert "--limit: expected 0" in capsys.readouterr().err
+    assert "--limit: expected 0" in capfd.readouterr().err
     assert command("--tasks", ",") == 2
-    assert "expected at least one name" in capsys.readouterr().err
+    assert "expected at least one name" in capfd.readouterr().err
 
 
 def test_an_unknown_task_is_refused_by_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,9 @@ def test_importing_nestlearn_does_not_import_transformers() -> None:
     [
         "import nestlearn; from transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig, AutoModelForCausalLM; import nestlearn",
+        "import importlib, nestlearn, transformers.models.auto.configuration_auto as c; importlib.reload(c)\n"
+        "import transformers.models.auto.modeling_auto as m; importlib.reload(m)\n"
+        "AutoConfig, AutoModelForCausalLM = c.AutoConfig, m.AutoModelForCausalLM",
     ],
 )
 def test_auto_classes_know_hope_whatever_is_imported_first(first: str) -> None:
@@ -140,6 +143,15 @@ def test_files_that_lack_a_weight_or_may_run_code_are_refused(tmp_path: Path) ->
     save_file({name: weights[name] for name in list(weights)[1:]}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"does not hold all weights of this model: {next(iter(weights))}"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dim": 2 * config["dim"]}))
+    with pytest.raises(ValueError, match=r"of another shape; does its config\.json belong to its weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"are damaged .*; fetch or export them again"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     file.unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
@@ -201,3 +213,17 @@ def test_weights_in_bfloat16_keep_their_state_in_fp32(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in floats} == {torch.float32}
     whole = AutoModelForCausalLM.from_pretrained(tmp_path)(text(1, 9)).logits
     assert (output.logits.float() - whole).norm() < 0.1 * whole.norm()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_of_padded_rows_is_that_of_each_alone(side: str) -> None:
+    model = small_model("self_modifying_titans")
+    rows = [text(size, seed=size) for size in (3, 11, 7)]
+    alone = sum(float(model(row[None], labels=row[None]).loss.detach()) * (len(row) - 1) for row in rows)
+    ids, mask = padded(rows, side)
+    labels = ids.masked_fill(mask == 0, -100)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    count = sum(map(len, rows)) - len(rows)
+    for told in ({}, {"shift_labels": shifted}):
+        loss = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=count, **told).loss
+        assert float(loss.detach()) * count == pytest.approx(alone, rel=1e-5)

@@ -221,7 +221,9 @@ def load_base(model: str, device: str) -> tuple[nn.Module, Any]:
     path = Path(model).expanduser()
     if path.is_file() or (path / "checkpoints").is_dir():
         return load_model(path, device=device)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from nestlearn.hub.loading import tokenizer_beside
 
     base = AutoModelForCausalLM.from_pretrained(model).to(device).eval()
-    return base, AutoTokenizer.from_pretrained(model)
+    return base, tokenizer_beside(model)

@@ -277,6 +277,9 @@ class ContinualLearner:
             spec = getattr(self.tokenizer, "spec", "bytes" if base.config.vocab_size == 256 else "none")
             path = checkpoint_path(Path(folder), 0)
             path.parent.mkdir(parents=True, exist_ok=True)
+            if spec == "none" and hasattr(self.tokenizer, "save_pretrained"):
+                spec = "tokenizer"
+                self.tokenizer.save_pretrained(str(Path(folder) / spec))
             save_checkpoint(path, model=plain, step=0, model_config=base.config.to_dict(), tokenizer=spec)
             return
         base.save_pretrained(folder, state_dict=whole)  # type: ignore[operator]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from pathlib import Path
-from typing import Any
 
 from nestlearn.hub.card import model_card
 from nestlearn.hub.configuration import HopeConfig
-from nestlearn.hub.loading import from_checkpoint
+from nestlearn.hub.loading import from_checkpoint, model_type
 from nestlearn.hub.remote_code import AUTO_MAP, remove_remote_code, write_remote_code
 from nestlearn.io import atomic_write_text, load_json
 from nestlearn.training.checkpoint import find_checkpoint
@@ -71,8 +70,7 @@ def _check_free(folder: Path) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     config = folder / "config.json"
-    known: Any = load_json(config) if config.is_file() else {}
-    if known.get("model_type") != HopeConfig.model_type:
+    if not config.is_file() or model_type(config) != HopeConfig.model_type:
         raise FileExistsError(f"{folder} holds something else than an exported Hope; give an empty or a new folder")
 
 

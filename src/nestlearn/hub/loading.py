@@ -37,12 +37,33 @@ def load(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     config = path / "config.json"
     if not config.is_file():
         model, tokenizer = from_checkpoint(find_checkpoint(path))
-    elif (kind := load_json(config).get("model_type")) != HopeConfig.model_type:
+    elif (kind := model_type(config)) != HopeConfig.model_type:
         raise ValueError(f"{path} holds a model of type {kind!r}; expected {HopeConfig.model_type!r}")
     else:
         model = HopeForCausalLM.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = tokenizer_beside(str(path))
     return model.to(device).eval(), tokenizer
+
+
+def tokenizer_beside(model: str) -> Any:
+    """The tokenizer in a model's folder, or on the Hub under its name.
+
+    Raises:
+        ValueError: if there is none that loads; says what to do.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except ValueError as error:  # which speaks of packages for formats that are not there either
+        raise ValueError(
+            f"{model} has no tokenizer that can be loaded; tokenizer.save_pretrained({model!r}) puts one beside the "
+            f"model"
+        ) from error
+
+
+def model_type(config: Path) -> Any:
+    """What a config.json calls its model; None if it does not say."""
+    found = load_json(config)
+    return found.get("model_type") if isinstance(found, dict) else None
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> tuple[HopeForCausalLM, Any]:

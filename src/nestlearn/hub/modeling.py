@@ -6,7 +6,9 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -73,7 +75,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, T) or (B, tokens read before + T), 0 at padding, on either side or in between.
-            past_key_values: a `HopeCache` to go on from; it is changed.
+            past_key_values: a `HopeCache` to go on from; it is changed, unless `use_cache` is off.
             labels: (B, T), the tokens themselves, -100 where none is to be predicted.
             use_cache: whether to return a cache; by default as the configuration says, but not in training.
             logits_to_keep: logits of the last so many places alone, or of these places; 0 for all.
@@ -88,17 +90,21 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if shapes do not fit, or for what this model cannot give.
         """
+        positions = others.pop("position_ids", None)
+        for_the_loss = _checked(others)
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"input_ids: expected at least one token, as (B, T), got shape {tuple(input_ids.shape)}; the model "
                 f"continues a text and cannot begin one"
             )
         if document_starts is None:
-            document_starts = _returns_to_zero(input_ids, others.pop("position_ids", None), past_key_values)
-        for_the_loss = _checked(others)
+            document_starts = _returns_to_zero(input_ids, positions, past_key_values)
+        keeps = use_cache if use_cache is not None else self.config.use_cache and not self.training
         padding = _padding(input_ids, attention_mask)
         state = cache_to_state(past_key_values)
-        if padding is None and document_starts is None and input_ids.shape[1] == 1 and not torch.is_grad_enabled():
+        # The step for one token may write into the state that it is given.
+        alone = input_ids.shape[1] == 1 and padding is None and document_starts is None
+        if alone and (keeps or state is None) and not torch.is_grad_enabled():
             logits, state = self.lm.decode_step(input_ids[:, 0], state)
             logits = logits[:, None]
         else:
@@ -108,9 +114,12 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             size = self.config.vocab_size
             if padding is not None:  # before a row's first token nothing was read that could tell it
                 labels = labels.masked_fill(padding.first, -100)
+                if for_the_loss.get("shift_labels") is not None:
+                    before_first = F.pad(padding.first[:, 1:], (0, 1))
+                    for_the_loss["shift_labels"] = for_the_loss["shift_labels"].masked_fill(before_first, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **for_the_loss)
         cache = None
-        if use_cache if use_cache is not None else self.config.use_cache and not self.training:
+        if keeps:
             read = input_ids.shape[1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
             known = past_key_values if isinstance(past_key_values, HopeCache) else None
             cache = state_to_cache(state, read, known)
@@ -143,13 +152,19 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         """As `PreTrainedModel.from_pretrained`, from safetensors alone, and from whole files alone.
 
         Raises:
-            ValueError: if weights are missing or do not fit: they would be left at random.
+            ValueError: if a file is damaged, or weights are missing or do not fit: they would be left at random.
         """
         wants_info = settings.pop("output_loading_info", False)
-        settings["use_safetensors"] = True
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **settings
-        )
+        settings |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # refused below, with what to look at
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **settings
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"the weights of {os.fspath(pretrained_model_name_or_path)} are damaged ({error}); fetch or export "
+                f"them again"
+            ) from error
         wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         if wrong:
             raise ValueError(
@@ -230,7 +245,11 @@ def _returns_to_zero(input_ids: Tensor, position_ids: Tensor | None, cache: Cach
     """(B, T) bool, where the positions of packed documents begin again; None if nowhere."""
     if position_ids is None:
         return None
-    starts = (position_ids == 0).expand(input_ids.shape)
+    try:
+        starts = (position_ids == 0).expand(input_ids.shape)
+    except RuntimeError:
+        shapes = f"{tuple(input_ids.shape)}, got shape {tuple(position_ids.shape)}"
+        raise ValueError(f"position_ids: expected one number a token, {shapes}") from None
     if cache is None:
         starts = starts & (torch.arange(starts.shape[1], device=starts.device) > 0)
     return starts if bool(starts.any()) else None

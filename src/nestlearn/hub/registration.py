@@ -26,7 +26,7 @@ def register_when_imported() -> None:
 
 
 def _register_config() -> None:
-    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import AutoConfig
 
     from nestlearn.hub.configuration import HopeConfig
 
@@ -34,7 +34,7 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     from nestlearn.hub.configuration import HopeConfig
     from nestlearn.hub.modeling import HopeForCausalLM

@@ -55,14 +55,15 @@ class StackedModel(nn.Module):
     """A decoder whose MLP blocks have levels. It holds no memory: what was learnt comes in and goes out as weights.
 
     Args:
-        base: a `HopeLM`, or a causal language model of `transformers`. It is not changed, and may be shared.
+        base: a `HopeLM`, by itself or as `HopeForCausalLM`, or another causal language model of `transformers`. It is
+            not changed, and may be shared.
         levels: from the fastest to the slowest.
         rank: directions of a weight's input that learn, drawn once from the weight's name; None for all of them.
     """
 
     def __init__(self, base: nn.Module, levels: Sequence[StackedLevel], *, rank: int | None = None) -> None:
         super().__init__()
-        self.base = base
+        self.base = base = unwrapped(base)
         self.levels = tuple(levels)
         self.rank = rank
         found = dict(base.named_modules())
@@ -293,6 +294,7 @@ def find_mlps(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
     A block is a module outside attention with linear layers of its own, from one width to another and back.
     """
+    model = unwrapped(model)
     found: dict[str, tuple[str, ...]] = {}
     inside = "" if isinstance(model, HopeLM) else _decoder_name(model)
     for name, module in model.named_modules():
@@ -309,6 +311,12 @@ def find_mlps(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if 2 <= len(own) <= 3 and _goes_and_returns(list(own.values())):
             found[name] = tuple(f"{name}.{child}" for child in own)
     return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The `HopeLM` inside its class of `transformers`, which names the same weights; any other model itself."""
+    inner = getattr(model, "lm", None)
+    return inner if isinstance(inner, HopeLM) else model
 
 
 def _decoder_name(model: nn.Module) -> str:

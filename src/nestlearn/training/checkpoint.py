@@ -223,6 +223,11 @@ def find_checkpoint(path: str | os.PathLike[str], *, device: str | torch.device 
     if not path.is_dir():
         return load_checkpoint(path, device=device, optimizer=False)
     found = newest_checkpoint(path, device=device, optimizer=False)
+    if found is None and (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} holds a model of transformers, not a run; expected a run's folder or a checkpoint file. "
+            f"`nestlearn serve`, `eval --tasks`, `stack`, `learn` and `chat` take such folders too"
+        )
     if found is None:
         raise missing_file(path / "checkpoints" / "step-*.safetensors", what="checkpoint")
     return found
