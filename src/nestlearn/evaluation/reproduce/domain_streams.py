@@ -31,6 +31,11 @@ LEVELS = {
 }
 
 
+LEVEL_COLOURS = {1: "tab:red", 2: "tab:orange", 3: "tab:green"}
+LEVEL_MARKERS = {512: "s", 2048: "^", 8192: "D"}
+OTHER_COLOURS = ("black", "tab:gray", "tab:blue", "tab:cyan", "navy", "tab:purple", "tab:pink", "tab:brown", "darkred")
+
+
 def plan(scale: Scale) -> ContinualPlan:
     job: dict[str, Any] = {"what": "domains", "domains": ["kalamang", "nen", "python", "clinc"], "home": "novels",
                            "window": 1024, "segment": 512, "training": 32_768, "tests": 4096}  # fmt: skip
@@ -68,7 +73,7 @@ def page(records: Sequence[Record], _: Sequence[Record], plan: ContinualPlan) ->
         f"seed's, and is asked about {job['tests']:,} other bytes of each, in nats per byte: the mean loss at the end "
         "(final), how far a domain's loss falls while it is read (learning), how far it is above its lowest at the end "
         "(forgetting), backward and forward transfer, and the rise of the loss on novels, the base's domain. Levels "
-        "are named by their number and the longest period, each four times the next shorter one.\n\n"
+        "are named by their number and the longest period, each four times the next shorter one. Thin lines in the picture join all that was tried.\n\n"
         + markdown_table(header, rows)
     )
 
@@ -81,22 +86,20 @@ def plot(records: Sequence[Record], tuning: Sequence[Record], path: Path) -> Non
     left, right = figure.subplots(1, 2)
     methods = by_method(records)
     attempts = by_method(tuning)
-    colours = {name: f"C{i}" for i, name in enumerate(name for name in methods if name not in LEVELS)}
-    counts = {"1": "tab:red", "2": "black", "3": "tab:green"}
-    styles = {"512": "-", "2,048": "--", "8,192": ":"}
+    others = [name for name in methods if name not in LEVELS]
+    colours = {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(others)}
     for method, own in methods.items():
-        count, comma, longest = method.partition(", ")
-        level = comma and longest in styles
-        look = {"color": counts[count[0]], "linestyle": styles[longest]} if level else {"color": colours[method]}
+        colour, marker = colours.get(method, ""), "o"
+        if method in LEVELS:
+            colour, marker = LEVEL_COLOURS[len(LEVELS[method])], LEVEL_MARKERS[LEVELS[method][-1]]
         found = [measures(record) for record in own]
         tries = sorted(((m["learning"], m) for m in map(measures, attempts.get(method, []))), key=lambda pair: pair[0])
         for axes, name in ((left, "forgetting"), (right, "home")):
             x, dx = mean_and_error([one["learning"] for one in found])
             y, dy = mean_and_error([one[name] or 0.0 for one in found])
-            axes.errorbar(
-                x, y, xerr=dx, yerr=dy, marker="s" if level else "o", label=method, **{**look, "linestyle": "-"}
-            )
-            axes.plot([at for at, _ in tries], [m[name] for _, m in tries], linewidth=0.8, alpha=0.5, **look)
+            axes.errorbar(x, y, xerr=dx, yerr=dy, marker=marker, color=colour, elinewidth=0.8, linestyle="none",
+                          label=method, markersize=7 if method in LEVELS else 5)  # fmt: skip
+            axes.plot([at for at, _ in tries], [m[name] for _, m in tries], color=colour, linewidth=0.6, alpha=0.35)
             axes.set_xlabel("learning, nats per byte")
             axes.grid(alpha=0.25)
     left.set_ylabel("forgetting, nats per byte")
