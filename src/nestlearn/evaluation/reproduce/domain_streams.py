@@ -73,8 +73,8 @@ def page(records: Sequence[Record], _: Sequence[Record], plan: ContinualPlan) ->
         f"seed's, and is asked about {job['tests']:,} other bytes of each, in nats per byte: the mean loss at the end "
         "(final), how far a domain's loss falls while it is read (learning), how far it is above its lowest at the end "
         "(forgetting), backward and forward transfer, and the rise of the loss on novels, the base's domain. Levels "
-        "are named by their number and the longest period, each four times the next shorter one. Thin lines in the picture join all that was tried.\n\n"
-        + markdown_table(header, rows)
+        "are named by their number and the longest period, each four times the next shorter one. Thin lines in the "
+        "picture join all that was tried.\n\n" + markdown_table(header, rows)
     )
 
 
