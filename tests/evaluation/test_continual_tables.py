@@ -29,8 +29,8 @@ from nestlearn.training.data import load_tokenizer
 @pytest.mark.parametrize(
     ("table", "methods"),
     [
-        (DOMAINS, ("frozen", "1 level, 512")),
-        (CLASSES, ("in context", "SGD, MLP blocks")),
+        (DOMAINS, ("frozen", "1 level to 512")),
+        (CLASSES, ("in context", "SGD on MLP blocks")),
         (TWICE, ("1 level", "2 levels")),
     ],
     ids=["domains", "classes", "twice"],

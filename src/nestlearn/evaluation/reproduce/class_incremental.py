@@ -21,7 +21,7 @@ from nestlearn.evaluation.reproduce.continual import (
 from nestlearn.evaluation.reproduce.table import Scale
 from nestlearn.io import atomic_path
 
-COMPARED = ("in context", "SGD", "SGD, MLP blocks", "AdamW", "EWC", "replay")
+COMPARED = ("in context", "SGD", "SGD on MLP blocks", "AdamW", "EWC", "replay")
 LEVELS = {"1 level": (512,), "2 levels": (128, 512), "3 levels": (32, 128, 512)}
 
 

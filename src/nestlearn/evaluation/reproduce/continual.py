@@ -54,7 +54,7 @@ BASELINES: dict[str, Candidates] = {
     "frozen": ({"kind": "frozen"},),
     "in context": ({"kind": "in context"},),
     "SGD": tried(SGD, SGD_RATES),
-    "SGD, MLP blocks": tried({**SGD, "mlps": True}, (0.03, 0.1, 0.3)),
+    "SGD on MLP blocks": tried({**SGD, "mlps": True}, (0.03, 0.1, 0.3)),
     "AdamW": tried(ADAMW, ADAMW_RATES),
     "EWC": tried({**SGD, "kind": "ewc"}, (0.03, 0.1), strength=(10.0, 1000.0)),
     "replay": tried({**SGD, "kind": "replay", "capacity": 64}, (0.03, 0.1)),

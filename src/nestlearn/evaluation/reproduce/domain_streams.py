@@ -25,7 +25,7 @@ from nestlearn.io import atomic_path
 
 # Each level is four times as fast as the next; the longest period is 512, 2K or 8K.
 LEVELS = {
-    f"{count} level{'s' if count > 1 else ''}, {longest:,}": tuple(longest // 4**i for i in reversed(range(count)))
+    f"{count} level{'s' if count > 1 else ''} to {longest}": tuple(longest // 4**i for i in reversed(range(count)))
     for longest in (512, 2048, 8192)
     for count in (1, 2, 3)
 }
@@ -113,7 +113,7 @@ TABLE = ContinualTable(
     title="New domains one after another (Figures 7 and 8)",
     methods={
         **BASELINES,
-        "1 level, 512, no momentum": GRADIENT_DESCENT,
+        "1 level to 512 without momentum": GRADIENT_DESCENT,
         **{name: level_candidates(*periods) for name, periods in LEVELS.items()},
     },
     plan=plan,

@@ -97,9 +97,9 @@ def plot(records: Sequence[Record], tuning: Sequence[Record], path: Path) -> Non
 TABLE = ContinualTable(
     title="The same fifty pages twice",
     methods={
-        **{name: BASELINES[name] for name in ("SGD", "SGD, MLP blocks")},
+        **{name: BASELINES[name] for name in ("SGD", "SGD on MLP blocks")},
         **{name: level_candidates(*periods, rates=RATES) for name, periods in LEVELS.items()},
-        **{f"{name}, DGD": delta_candidates(*periods) for name, periods in LEVELS.items()},
+        **{f"{name} with DGD": delta_candidates(*periods) for name, periods in LEVELS.items()},
     },
     plan=plan,
     score=score,
