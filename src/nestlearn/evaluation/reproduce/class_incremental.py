@@ -105,6 +105,7 @@ TABLE = ContinualTable(
     page=page,
     plot=plot,
     note=(
+        "What is tried of each method is chosen on training texts that are not read, with an order of its own. "
         "The best is the one with the highest accuracy over all classes at the end. The paper's figure has Llama-3 of "
         "3 and 8 billion parameters, whole tasks in one context, and InCA beside them, and prints no numbers."
     ),
