@@ -130,8 +130,10 @@ def _read_twice(job: Job, method: Method, tokenizer: Tokenizer) -> Record:
     before = (domain_losses(method, [[pages]])[0], domain_losses(method, home)[0])
     method.observe(pages)
     after = domain_losses(method, [[pages]])[0]
-    second = method.learner.observe(pages).loss if isinstance(method, Levels) else after
-    if not isinstance(method, Levels):
+    second = after
+    if isinstance(method, Levels):
+        second = method.learner.observe(pages).loss
+    else:
         method.observe(pages)
     return {"tokens": len(pages), "frozen": before[0], "second": second, "known": after,
             "home": [before[1], domain_losses(method, home)[0]]}  # fmt: skip

@@ -165,8 +165,8 @@ def _protocol(plan: ContinualPlan, trained: Sequence[Record], scale: Scale) -> s
     return (
         f"Scale {scale}. The base models are Hope, {trained[0]['parameters']:,} parameters, trained on "
         f"{trained[0]['train'][-1]['tokens']:,} bytes of ELTeC's English novels (learning rate "
-        f"{plan.base.rates[-1]:g}; {bits:.3f} bits per byte on other novels), one for each seed. ± is the standard error "
-        "over seeds."
+        f"{plan.base.rates[-1]:g}; {bits:.3f} bits per byte on other novels), one for each seed. ± is the standard "
+        "error over seeds."
     )
 
 
