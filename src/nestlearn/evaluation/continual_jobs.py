@@ -120,14 +120,23 @@ def _learn_classes(job: Job, method: Method, tokenizer: Tokenizer) -> Record:
     return {"classes": [sum(len(g.labels) for g in groups[: i + 1]) for i in range(len(groups))], "accuracy": found}
 
 
+def read_pages(job: Job, tokenizer: Tokenizer) -> tuple[Tensor, list[Tensor]]:
+    """The pages of all domains, and texts of the base model's own; for tuning others, so that a choice does not know
+    the test."""
+    most, pages = job["training"], []
+    for name in job["domains"]:
+        whole = _ids(tokenizer, read_domain(name, training_bytes=2 * most, test_bytes=job["tests"]).training[0])
+        middle = min(most, len(whole) // 2)
+        pages.append(whole[middle:] if job["tuning"] else whole[:middle])
+    home = read_domain(job["home"], training_bytes=job["tests"], test_bytes=job["tests"])
+    return torch.cat(pages), [_ids(tokenizer, text) for text in (home.training if job["tuning"] else home.tests)]
+
+
 def _read_twice(job: Job, method: Method, tokenizer: Tokenizer) -> Record:
     """Losses on the pages before anything was read and in the second reading, and on the base's own texts before it and
     after both. In the second reading each segment is predicted before it is learnt from again."""
-    names = list(job["domains"])
-    texts = [read_domain(name, training_bytes=job["training"], test_bytes=job["tests"]).training for name in names]
-    pages = _ids(tokenizer, "".join(text for own in texts for text in own))
-    home = [[_ids(tokenizer, t) for t in read_domain(job["home"], training_bytes=1000, test_bytes=job["tests"]).tests]]
-    before = (domain_losses(method, [[pages]])[0], domain_losses(method, home)[0])
+    pages, home = read_pages(job, tokenizer)
+    before = (domain_losses(method, [[pages]])[0], domain_losses(method, [home])[0])
     method.observe(pages)
     after = domain_losses(method, [[pages]])[0]
     second = after
@@ -136,7 +145,7 @@ def _read_twice(job: Job, method: Method, tokenizer: Tokenizer) -> Record:
     else:
         method.observe(pages)
     return {"tokens": len(pages), "frozen": before[0], "second": second, "known": after,
-            "home": [before[1], domain_losses(method, home)[0]]}  # fmt: skip
+            "home": [before[1], domain_losses(method, [home])[0]]}  # fmt: skip
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> Tensor:

@@ -26,6 +26,7 @@ ADAMW = {"kind": "fine-tuning", "optimizer": "adamw"}
 # Learning rates of SGD are on the mean loss of 512 tokens, those of levels on the sum over a period; and momentum 0.9
 # makes of a rate ten times as much.
 SGD_RATES, ADAMW_RATES, LEVEL_RATES = (0.01, 0.03, 0.1), (1e-4, 3e-4, 1e-3), (1e-5, 2e-5, 5e-5)
+DELTA_RATES = (0.03, 0.1, 0.3)
 
 
 def tried(settings: Mapping[str, Any], rates: Sequence[float], **others: Sequence[Any]) -> list[Mapping[str, Any]]:
@@ -41,9 +42,9 @@ def level_candidates(*periods: int, rates: Sequence[float] = LEVEL_RATES) -> lis
     return tried({"kind": "levels", "periods": periods, "rule": "momentum", "clip": None}, rates)
 
 
-def delta_candidates(*periods: int) -> list[Mapping[str, Any]]:
+def delta_candidates(*periods: int, rates: Sequence[float] = DELTA_RATES) -> list[Mapping[str, Any]]:
     """Levels under delta gradient descent, clipped to norm 1, at which a rate is the length of a step."""
-    return tried({"kind": "levels", "periods": periods, "rule": "dgd"}, (0.03, 0.1, 0.3))
+    return tried({"kind": "levels", "periods": periods, "rule": "dgd"}, rates)
 
 
 GRADIENT_DESCENT = tried({"kind": "levels", "periods": (512,), "clip": None}, [10 * rate for rate in LEVEL_RATES])

@@ -10,18 +10,20 @@ from nestlearn.evaluation.jobs import Record
 from nestlearn.evaluation.report import markdown_table, mean_and_error, with_error
 from nestlearn.evaluation.reproduce import novels
 from nestlearn.evaluation.reproduce.continual import (
-    BASELINES,
+    SGD,
     ContinualPlan,
     ContinualTable,
     by_method,
     delta_candidates,
     level_candidates,
     shown,
+    tried,
 )
 from nestlearn.evaluation.reproduce.table import Scale
 from nestlearn.io import atomic_path
 
-RATES = (2e-6, 5e-6, 1e-5)  # lower than where learning alone counts, for the sake of the base's domain
+SHARE = 0.1  # of the gain, which the base's domain may lose
+MARGIN = 0.75  # what is chosen keeps to this part of it, for other pages and other bases
 LEVELS = {"1 level": (512,), "2 levels": (128, 512), "3 levels": (32, 128, 512)}
 PAGE = 2000  # bytes
 
@@ -46,8 +48,10 @@ def harm(record: Record) -> float:
 
 
 def score(record: Record) -> float:
-    """The second reading's loss, among those that harm the base by at most a tenth of the gain."""
-    return float(record["second"]) + (1000.0 if harm(record) > 0.1 * gain(record) else 0.0)
+    """The second reading's loss, among those that harm the base little enough; if none, the least share of harm."""
+    if harm(record) <= MARGIN * SHARE * gain(record):
+        return float(record["second"])
+    return 1000.0 + (harm(record) / gain(record) if gain(record) > 0 else 1000.0)
 
 
 def page(records: Sequence[Record], _: Sequence[Record], plan: ContinualPlan) -> str:
@@ -89,7 +93,7 @@ def plot(records: Sequence[Record], tuning: Sequence[Record], path: Path) -> Non
             marker = "s" if "level" in method else "o"
             axes.errorbar(x, y, xerr=dx, yerr=dy, color=f"C{i}", marker=marker, label=method, linestyle="none")
         end = axes.get_xlim()[1]
-        axes.plot([0, end], [0, 0.1 * end], color="gray", linewidth=0.8, linestyle=":")
+        axes.plot([0, end], [0, SHARE * end], color="gray", linewidth=0.8, linestyle=":")
         axes.set_title(column)
         axes.set_xlabel("gained on the pages, nats per byte")
         axes.grid(alpha=0.25)
@@ -102,17 +106,24 @@ def plot(records: Sequence[Record], tuning: Sequence[Record], path: Path) -> Non
 TABLE = ContinualTable(
     title="The same fifty pages twice",
     methods={
-        **{name: BASELINES[name] for name in ("SGD", "SGD on MLP blocks")},
-        **{name: level_candidates(*periods, rates=RATES) for name, periods in LEVELS.items()},
-        **{f"{name} with DGD": delta_candidates(*periods) for name, periods in LEVELS.items()},
+        # Lower rates than where learning alone counts, for the sake of the base's domain.
+        "SGD": tried(SGD, (1e-3, 3e-3, 1e-2)),
+        "SGD on MLP blocks": tried({**SGD, "mlps": True}, (3e-3, 1e-2, 3e-2)),
+        **{name: level_candidates(*periods, rates=(1e-6, 2e-6, 5e-6)) for name, periods in LEVELS.items()},
+        **{
+            f"{name} with DGD": delta_candidates(
+                *periods, rates=(0.01, 0.03, 0.1) if len(periods) == 1 else (0.003, 0.01, 0.03)
+            )
+            for name, periods in LEVELS.items()
+        },
     },
     plan=plan,
     score=score,
     page=page,
     plot=plot,
     note=(
-        "Here the choice is made on the same pages, with the base of seed 0: it knows the test. "
-        "The best is the one with the lowest loss in the second reading among those that lose at most a tenth of the "
-        "gain on the base's domain (the dotted line)."
+        "What is tried of each method is chosen on other pages and other novels, with the base of seed 0. The best is "
+        "the one with the lowest loss in the second reading among those that lose at most 7.5% of the gain on the "
+        "base's domain; the dotted line is at 10%."
     ),
 )
