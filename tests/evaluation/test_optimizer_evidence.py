@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nestlearn.evaluation.optimizers import comparison, orthogonal_tasks, toy
-from nestlearn.evaluation.optimizers.candidates import CANDIDATES, build
-from nestlearn.evaluation.optimizers.small_tasks import VisionTransformer, read_digits
+from nestlearn.evaluation.optimizers.candidates import CANDIDATES, MOMENTUM, OTHERS_LR, build
+from nestlearn.evaluation.optimizers.small_tasks import TASKS, VisionTransformer, read_digits
 
 
 def run(module, monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
@@ -60,6 +60,24 @@ def test_every_candidate_moves_every_parameter(name: str) -> None:
     assert 0.5 * CANDIDATES[name].rates[0] in rates
     with pytest.raises(ValueError, match="expected some of adamw, muon"):
         build("lion", model, 1e-3)
+
+
+@pytest.mark.parametrize("task", ["digits", "novels"])
+def test_descent_moves_what_delta_gradient_descent_moves(task, data_dir, monkeypatch) -> None:
+    monkeypatch.setenv("NESTLEARN_DATA", str(data_dir))
+    model = TASKS[task]({**comparison.SETTINGS["smoke"][task], "seed": 0}).model
+    found = []
+    for name in ("sgd", "dgd"):
+        linear = set()
+        for optimizer in build(name, model, 0.25).optimizers:
+            for group in optimizer.param_groups:
+                assert group["weight_decay"] == 0.0
+                assert group["lr"] == (0.25 if group["lr"] == 0.25 else OTHERS_LR)
+                if group["lr"] == 0.25:
+                    assert group["momentum"] == MOMENTUM
+                    linear |= set(group["params"])
+        found.append(linear)
+    assert found[0] == found[1] != set()
 
 
 def test_a_run_that_diverges_is_a_result() -> None:

@@ -1,7 +1,8 @@
-"""Optimizers by name, each ready to train a model: one rule for matrices, AdamW for the rest."""
+"""Optimizers by name, each ready to train a model: one rule for matrices or linear layers, AdamW for the rest."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from nestlearn.optim.groups import sorted_groups
 
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.95)
-# Under delta gradient descent, whose rates are of another kind, what is no matrix keeps this one.
+MOMENTUM = 0.9
+# Under SGD and delta gradient descent, whose rates are of another kind, what is in no linear layer keeps this one.
 OTHERS_LR = 4e-3
 
 Build = Callable[[nn.Module, float], "list[torch.optim.Optimizer]"]
@@ -94,13 +96,14 @@ def adamuon(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def sgd(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """SGD with momentum for matrices, as "dgd" has it without erasing."""
-    groups = _groups(model, "sgd")
-    matrices = [own["params"] for rule, own in groups if rule == "sgd"]
-    rest = [own for rule, own in groups if rule == "adamw"]
+    """SGD with momentum for the linear layers, as delta gradient descent has them without erasing."""
+    held = [(p, module) for module in model.modules() for p in module.parameters(recurse=False)]
+    shared = {p for p, count in Counter(p for p, _ in held).items() if count > 1}
+    linear = {p for p, module in held if isinstance(module, nn.Linear)} - shared
+    rest = [p for p in model.parameters() if p not in linear]
     return [
-        torch.optim.SGD([p for own in matrices for p in own], lr=lr, momentum=0.9),
-        torch.optim.AdamW(rest, lr=OTHERS_LR, betas=BETAS),
+        torch.optim.SGD([p for p in model.parameters() if p in linear], lr=lr, momentum=MOMENTUM),
+        torch.optim.AdamW(rest, lr=OTHERS_LR, betas=BETAS, weight_decay=0.0),
     ]
 
 
@@ -121,9 +124,10 @@ CANDIDATES: Mapping[str, Candidate] = {
     "m3": Candidate(build=m3()),
     "m3 without slow": Candidate(build=m3(alpha=0.0)),
     "m3 paper": Candidate(build=m3(form="paper"), rates=(1e-4, 3e-4, 1e-3, 3e-3)),
-    "dgd": Candidate(build=dgd(), rates=(0.01, 0.03, 0.1, 0.3)),
-    "dgd delta": Candidate(build=dgd(rule="delta", momentum=0.9), rates=(0.03, 0.1, 0.3, 1.0)),
     "sgd": Candidate(build=sgd, rates=(0.03, 0.1, 0.3, 1.0)),
+    "dgd": Candidate(build=dgd(momentum=MOMENTUM), rates=(0.003, 0.01, 0.03, 0.1)),
+    "dgd delta": Candidate(build=dgd(rule="delta", momentum=MOMENTUM), rates=(0.03, 0.1, 0.3, 1.0)),
+    "dgd no momentum": Candidate(build=dgd(), rates=(0.01, 0.03, 0.1, 0.3)),
 }
 
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from nestlearn.evaluation.jobs import Job, Record, run_jobs
 from nestlearn.evaluation.language_modeling import TUNING_SEED
-from nestlearn.evaluation.optimizers.candidates import CANDIDATES, OTHERS_LR, build
+from nestlearn.evaluation.optimizers.candidates import CANDIDATES, MOMENTUM, OTHERS_LR, WEIGHT_DECAY, build
 from nestlearn.evaluation.optimizers.small_tasks import TASKS
 from nestlearn.evaluation.report import finite_or_none, markdown_table, mean_and_error, with_error, write_report
 from nestlearn.io import atomic_path
@@ -39,7 +38,8 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
                    "sequence_length": 128, "max_bytes": 20_000_000, "held_out_bytes": 32_768},
     },
 }  # fmt: skip
-COMPARED = ("adamw", "muon", "adamuon", "m3", "m3 without slow", "m3 paper", "sgd", "dgd", "dgd delta")
+COMPARED = ("adamw", "muon", "adamuon", "m3", "m3 without slow", "m3 paper", "sgd", "dgd", "dgd delta",
+            "dgd no momentum")  # fmt: skip
 
 
 def train_one(job: Job) -> Record:
@@ -55,8 +55,7 @@ def train_one(job: Job) -> Record:
         optimizer.zero_grad()
         loss = task.loss(step)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
-        if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
+        if not all(bool(torch.isfinite(p.grad).all()) for p in task.model.parameters() if p.grad is not None):
             diverged = step
             break
         optimizer.step(_schedule(step, job["steps"]))
@@ -210,8 +209,11 @@ def compare(task: str, names: Sequence[str], *, scale: str, seeds: int, out: Pat
     text = (
         f"Task {task}, scale {scale} ({said}; {records[0]['parameters']:,} parameters), fp32, one thread a run, "
         f"{processes} runs at once, {hours:.2f} core-hours. Warm-up over a twentieth of the steps, a cosine to a "
-        f"tenth, gradients clipped to norm 1. Each optimizer moves matrices; AdamW moves the rest, at the same rate "
-        f"(under sgd, dgd and dgd delta at {OTHERS_LR:g}). Each takes the best of its learning rates, tried at full "
+        f"tenth. Gradients are not clipped: that would change what delta gradient descent writes, and not what it "
+        f"erases. Each optimizer moves matrices with weight decay {WEIGHT_DECAY:g}, and AdamW the rest at the same "
+        f"rate; sgd (momentum {MOMENTUM:g}, as dgd and dgd delta) and the variants of dgd move all linear layers "
+        f"(not a head that is the embedding) without decay, and AdamW the rest at {OTHERS_LR:g}. "
+        f"Each takes the best of its learning rates, tried at full "
         f"length with a seed of its own. ± is the standard error over seeds, which fix initial weights and data; "
         f"differences are between runs of one seed.\n\n"
         f"{table(records, tuning)}\n\nLearning rates tried:\n\n{rate_table(tuning)}\n\n![loss]({figure.name})"
