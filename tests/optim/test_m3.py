@@ -52,7 +52,9 @@ def averaged(w: Tensor, gradients: list[Tensor], lr: float, *, betas, alpha, per
         o1 = plain_newton_schulz(m1 / (1 - betas[0] ** t), ns_steps)
         relative = v / (1 - betas[1] ** t)
         u = (o1 + alpha * o2) / ((relative / relative.mean()).sqrt() + eps)
-        w = w - lr * 0.2 * u / u.square().mean().sqrt()
+        noise = ((1 - betas[0]) / (1 + betas[0])) ** 0.5
+        present = (m1 / (1 - betas[0] ** t)).abs().max() / relative.max().sqrt()
+        w = w - lr * 0.2 * min(1.0, float(present / (0.1 * noise))) * u / u.square().mean().sqrt()
     return w
 
 
@@ -82,6 +84,31 @@ def test_both_forms_equal_their_transcriptions(form, specification) -> None:
         expected = by_matrix(specification, start, own, 0.1, **SETTINGS)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-12)
         assert not torch.allclose(expected, start)
+
+
+def test_a_matrix_whose_gradients_vanish_stops_as_under_adamw() -> None:
+    """Some matrices of a stack get gradients no more, as experts that are chosen no more."""
+    parameter = nn.Parameter(random(2, 6, 5, seed=0))
+    start = parameter.detach().clone()
+    gradients = [random(2, 6, 5, seed=t) * torch.tensor([1.0, float(t < 5)]).view(2, 1, 1) for t in range(300)]
+    optimizer = M3([parameter], lr=0.1, weight_decay=0.0)
+    moved = []
+    for stop in (5, 45, 200, 300):
+        before = parameter.detach().clone()
+        run(optimizer, [parameter], [gradients], start=int(optimizer.state[parameter].get("step", 0)), stop=stop)
+        moved.append((parameter.detach() - before).square().mean((-2, -1)).sqrt() / 0.1)
+    assert float(moved[1][1]) < 8.0
+    assert float(moved[2][1]) < 3.0  # 155 steps of 0.2 would be 31
+    assert float(moved[3][1]) < 1e-4
+    assert float(moved[3][0]) > 0.1  # its neighbour goes on
+    one = nn.Parameter(start[1].clone())
+    run(M3([one], lr=0.1, weight_decay=0.0), [one], [[g[1] for g in gradients]], stop=300)
+    torch.testing.assert_close(parameter.detach()[1], one.detach(), rtol=1e-12, atol=1e-12)
+    expected = averaged(start[1], [g[1] for g in gradients[:60]], 0.1, betas=(0.9, 0.95, 0.5), alpha=0.2, period=16,
+                        ns_steps=5, eps=1.0)  # fmt: skip
+    some = nn.Parameter(start[1].clone())
+    run(M3([some], lr=0.1, weight_decay=0.0), [some], [[g[1] for g in gradients]], stop=60)
+    torch.testing.assert_close(some.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_transcriptions_differ_where_the_forms_do() -> None:

@@ -6,6 +6,7 @@ Divided by an element-wise second moment, their sum is Adam and Muon in one.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
@@ -27,6 +28,10 @@ _SMALL = 128
 _BATCH = 1 << 25
 # A second moment of the "ema" form is at most this part of the largest number: the mean of a matrix stays finite.
 _MOST = 2.0**-30
+
+
+# The part of noise's |M1| / sqrt(V) below which gradients have vanished.
+_VANISHED = 0.1
 
 
 def m3_step(
@@ -61,6 +66,9 @@ def m3_step(
 
     with mean and root mean square over one matrix: bias corrections would cancel, and so does the gradient's scale (in
     fp32 between about 1e-18 and 1e14; beyond, V is zero or at its limit, and what remains is U = NS(M1) + alpha O2).
+    Once gradients vanish, NS(M1) would keep its size long after M1 has lost its own. So where max |M1| / sqrt(max V),
+    with bias corrections, is below a tenth of what mere noise has, sqrt((1 - beta_1) / (1 + beta_1)), the step shrinks
+    with it, as AdamW's does.
 
     Args:
         parameters: each (..., rows, columns), a matrix or a stack of matrices, each of which is treated as if alone.
@@ -101,8 +109,9 @@ def m3_step(
         for root, variance in zip(roots, variances, strict=True):
             root.div_(variance.mean((-2, -1), keepdim=True).sqrt() + tiny).add_(eps + tiny)
         torch._foreach_div_(directions, roots)
-        for u in directions:
-            u.mul_(-ADAMW_RMS / (u.square().mean((-2, -1), keepdim=True).sqrt() + tiny))
+        for u, m, variance, step in zip(directions, fast, variances, steps, strict=True):
+            size = -ADAMW_RMS / (u.square().mean((-2, -1), keepdim=True).sqrt() + tiny)
+            u.mul_(size * _presence(m, variance, step, betas))
     else:
         torch._foreach_add_(roots, eps)
         torch._foreach_div_(directions, roots)
@@ -112,6 +121,14 @@ def m3_step(
     due = [i for i, step in enumerate(steps) if step % period == 0]
     for i, direction in zip(due, _orthogonalize([slow[i] for i in due], ns_steps), strict=True):
         slow_directions[i].copy_(direction)
+
+
+def _presence(fast: Tensor, variance: Tensor, step: int, betas: tuple[float, float, float]) -> Tensor:
+    """1 while there are gradients, towards 0 when they have vanished; (..., 1, 1)."""
+    largest = torch.linalg.vector_norm(fast, math.inf, (-2, -1), keepdim=True) / (1 - betas[0] ** step)
+    past = (variance.amax((-2, -1), keepdim=True) / (1 - betas[1] ** step)).sqrt()
+    noise = math.sqrt((1 - betas[0]) / (1 + betas[0]))
+    return (largest / (_VANISHED * noise * past + torch.finfo(past.dtype).tiny)).clamp_max(1.0)
 
 
 def _orthogonalize(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
@@ -258,8 +275,8 @@ class M3(MemoryOptimizer):
         need(group["rule"] in ("m3", "adamw"), "rule", "'m3' or 'adamw'", group["rule"])
         fit = len(group["betas"]) == 3 and all(0 <= beta < 1 for beta in group["betas"])
         need(fit, "betas", "three numbers in [0, 1)", group["betas"])
-        need(group["alpha"] >= 0, "alpha", "at least 0", group["alpha"])
-        need(group["eps"] >= 0, "eps", "at least 0", group["eps"])
+        for name in ("alpha", "eps"):
+            need(0 <= group[name] < math.inf, name, "at least 0 and finite", group[name])
         for name, own in (("period", "slow_period"), ("ns_steps", "ns_steps")):
             value = group[own]
             need(type(value) is int and value >= 1, name, "an integer of at least 1", value)
