@@ -33,7 +33,7 @@ from nestlearn.optim import (
 )
 
 Build = Callable[[nn.Module, float], torch.optim.Optimizer]
-SMALL, LARGE = (1e-3, 3e-3, 1e-2, 3e-2), (0.01, 0.03, 0.1, 0.3, 1.0)
+SMALL, LARGE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 OPTIMIZERS: Mapping[str, tuple[Build, tuple[float, ...]]] = {
     "sgd": (lambda m, lr: torch.optim.SGD(m.parameters(), lr), LARGE),
@@ -44,6 +44,10 @@ OPTIMIZERS: Mapping[str, tuple[Build, tuple[float, ...]]] = {
     "m3": (lambda m, lr: M3(m.parameters(), lr, weight_decay=0.0), SMALL),
     "delta momentum": (lambda m, lr: DeltaMomentum(m.parameters(), lr, momentum=0.9), LARGE),
     "delta momentum 0.99": (lambda m, lr: DeltaMomentum(m.parameters(), lr, momentum=0.99), LARGE),
+    "delta momentum 0.99, rate 10": (
+        lambda m, lr: DeltaMomentum(m.parameters(), lr / 10, momentum=0.99, rate=10.0),
+        LARGE,
+    ),
     "preconditioned momentum": (lambda m, lr: PreconditionedMomentum(m.parameters(), lr), LARGE),
     "higher-order momentum": (lambda m, lr: HigherOrderMomentum(m.parameters(), lr), LARGE),
     "deep momentum": (lambda m, lr: DeepMomentum(m.parameters(), lr), SMALL),
