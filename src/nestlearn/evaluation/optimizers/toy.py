@@ -185,8 +185,8 @@ def main() -> None:
         f"psi(r, theta) = r^2 + k (r - theta + a sin(omega r))^2 with {constants}, which the paper does not give, "
         f"from {START}. Steps until psi stays below {CLOSE:g}, at most {given.steps}, with the best settings of a "
         f"grid; then with the same from {given.seeds} other starts around (noise of half a unit), ± the standard "
-        f"error. The delta momenta's learning rate is given times the memory's rate, as which it is comparable with the "
-        f"others'.\n\n{table(found)}\n\n![paths]({figure.name})"
+        f"error. The delta momenta's learning rate is given times the memory's rate, which makes it comparable with "
+        f"the others'.\n\n{table(found)}\n\n![paths]({figure.name})"
     )
     print(write_report(given.out, "Delta momentum in a curved valley", text, {"optimizers": found}))
 
