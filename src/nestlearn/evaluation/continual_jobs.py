@@ -114,7 +114,8 @@ def _learn_classes(job: Job, method: Method, tokenizer: Tokenizer) -> Record:
     )
     found = []
     for number, group in enumerate(groups, start=1):
-        method.observe(_ids(tokenizer, "".join(group.training)))
+        for _ in range(job["passes"]):
+            method.observe(_ids(tokenizer, "".join(group.training)))
         method.end_domain()
         found.append(accuracy(method, groups[:number], tokenizer))
     return {"classes": [sum(len(g.labels) for g in groups[: i + 1]) for i in range(len(groups))], "accuracy": found}
