@@ -243,6 +243,20 @@ def test_sparse_and_complex_gradients_are_refused(make) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
+@pytest.mark.parametrize(
+    "kind", [M3, PreconditionedMomentum, DeltaMomentum, HigherOrderMomentum, ReadoutMomentum, DeepMomentum]
+)
+def test_parameters_without_numbers_pass(kind, shape) -> None:
+    empty, other = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(3, 2))
+    optimizer = kind([empty, other], lr=0.1)
+    for _ in range(2):
+        empty.grad, other.grad = torch.zeros(shape), torch.ones(3, 2)
+        optimizer.step()
+    assert bool(other.isfinite().all())
+    assert not torch.equal(other.detach(), torch.ones(3, 2))
+
+
 @pytest.mark.parametrize("kind", [M3, DeltaMomentum, DeepMomentum, Muon])
 def test_complex_parameters_and_empty_groups_are_refused(kind) -> None:
     with pytest.raises(TypeError, match=r"takes real parameters, got one of dtype torch\.complex64 and shape \(2, 2\)"):

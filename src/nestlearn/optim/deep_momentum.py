@@ -113,8 +113,8 @@ class DeepMomentum(MemoryOptimizer):
         for parameter, gradient in zip(parameters, gradients, strict=True):
             g = as_matrix(whole(gradient))
             g = g.to(torch.promote_types(g.dtype, torch.float32))
-            if g.numel():  # to a largest entry of 1, or the squares vanish or overflow
-                g = g / (g.abs().amax((-2, -1), keepdim=True) + torch.finfo(g.dtype).tiny)
+            # To a largest entry of 1, or the squares vanish or overflow.
+            g = g / (g.abs().amax((-2, -1), keepdim=True) + torch.finfo(g.dtype).tiny)
             norm = g.square().sum(-1, keepdim=True).mean(-2, keepdim=True).sqrt()
             keys = g / (norm + torch.finfo(g.dtype).tiny)
             state = self._memory(parameter, keys, group)

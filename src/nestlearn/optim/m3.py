@@ -283,7 +283,7 @@ class M3(MemoryOptimizer):
 
     def update_group(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         pairs = list(zip(parameters, gradients, strict=True))
-        matrix = [group["rule"] == "m3" and p.ndim >= 2 and p.numel() > 0 for p in parameters]
+        matrix = [group["rule"] == "m3" and p.ndim >= 2 for p in parameters]
         rest = [pair for pair, fits in zip(pairs, matrix, strict=True) if not fits]
         if rest:
             self.adamw(group, [p for p, _ in rest], [g for _, g in rest])

@@ -46,6 +46,11 @@ class MemoryOptimizer(torch.optim.Optimizer):
         decay = group["weight_decay"]
         need(0 <= decay < float("inf"), "weight_decay", "at least 0 and finite", decay)
         need(group["nonfinite"] in ("raise", "skip"), "nonfinite", "'raise' or 'skip'", group["nonfinite"])
+        if "adamw_betas" in group:
+            betas, eps = group["adamw_betas"], group["adamw_eps"]
+            fit = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+            need(fit, "adamw_betas", "two numbers in [0, 1)", betas)
+            need(0 <= eps < float("inf"), "adamw_eps", "at least 0 and finite", eps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -67,7 +72,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.gradients_are_fit():
             for group in self.param_groups:
-                parameters = [p for p in group["params"] if p.grad is not None]
+                parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
                 if parameters:
                     self.update_group(group, parameters, [p.grad for p in parameters])
         return loss
