@@ -25,6 +25,7 @@ from nestlearn.optim import DeepMomentum, DeltaMomentum, HigherOrderMomentum
 CONSTANTS = {"k": 5.0, "a": 1.0, "omega": 2.0}
 START = (-3.5, 2.0)
 STEPS, CLOSE = 1500, 1e-3
+EVERY = 2  # steps between two points of a path that is kept
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.99)
 
@@ -120,7 +121,7 @@ def compare(*, steps: int, seeds: int, names: tuple[str, ...] = tuple(OPTIMIZERS
             "converged": sum(math.isfinite(count) for count, _, _ in tried),
             "steps": None if math.isinf(fewest) else fewest,
             "elsewhere": [None if math.isinf(count) else count for count in counts[1:]],
-            "path": [list(point) for point in paths[0][:: max(1, len(paths[0]) // 300)]],
+            "path": [list(point) for point in paths[0][::EVERY]],
         }
     return found
 
@@ -156,13 +157,16 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     for i, (name, own) in enumerate(found.items()):
         points = own["path"]
         valley.plot([p[0] for p in points], [p[1] for p in points], color=f"C{i}", linewidth=1.0)
-        curves.plot([max(p[2], 1e-12) for p in points], color=f"C{i}", linewidth=1.2, label=name)
+        steps = [EVERY * j + 1 for j in range(len(points))]
+        curves.plot(steps, [max(p[2], 1e-8) for p in points], color=f"C{i}", linewidth=1.2, label=name)
+    curves.axhline(CLOSE, color="grey", linestyle=":", linewidth=0.8)
     valley.set_xlim(-4.5, 2)
     valley.set_ylim(-5, 4)
     valley.set_xlabel("r")
     valley.set_ylabel("theta")
+    curves.set_xscale("log")
     curves.set_yscale("log")
-    curves.set_xlabel("steps")
+    curves.set_xlabel("steps, from 1")
     curves.set_ylabel("psi")
     curves.legend(fontsize=7)
     with atomic_path(path) as temporary:
