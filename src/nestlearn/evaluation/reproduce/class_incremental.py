@@ -24,7 +24,7 @@ from nestlearn.evaluation.reproduce.continual import (
 from nestlearn.evaluation.reproduce.table import Scale
 from nestlearn.io import atomic_path
 
-RATES = (1e-4, 2e-4, 5e-4)  # higher than where a text is read once
+RATES = (2e-4, 5e-4)  # higher than where a text is read once
 LEVELS = {"1 level": (512,), "2 levels": (128, 512), "3 levels": (32, 128, 512)}
 
 
