@@ -162,11 +162,24 @@ def table(records: Sequence[Record], network: str) -> str:
     return markdown_table(header, rows)
 
 
+def rate_table(tuning: Sequence[Record], network: str) -> str:
+    """What each learning rate that was tried came to."""
+    own = [r for r in tuning if r["job"]["network"] == network]
+    rows = []
+    for name in dict.fromkeys(r["job"]["optimizer"] for r in own):
+        cells = []
+        for r in (r for r in own if r["job"]["optimizer"] == name):
+            ends = f"{statistics.fmean(r['learnt']):.3f} to {final_error(r):.3f}" if r["end"] else "diverged"
+            cells.append(f"{r['job']['lr']:g}: {ends}")
+        rows.append([name, "; ".join(cells)])
+    return markdown_table(["optimizer", "rate: error when learnt to error at the end"], rows)
+
+
 def plot(records: Sequence[Record], path: Path) -> None:
     """The error on the first task, while it and then the others are learnt."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(13, 4.5), dpi=150, layout="constrained")
     for panel, network in zip(figure.subplots(1, len(NETWORKS)), NETWORKS, strict=True):
         own = [r for r in records if r["job"]["network"] == network and r["first"]]
         for i, name in enumerate(dict.fromkeys(r["job"]["optimizer"] for r in own)):
@@ -182,7 +195,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         panel.set_xlabel("steps; a line where the next task begins")
         panel.set_title(network)
         panel.grid(alpha=0.25)
-    panel.legend(fontsize=7)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.supylabel("error on the first task")
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
@@ -206,14 +219,16 @@ def compare(names: Sequence[str], *, scale: str, seeds: int, out: Path, runs: Pa
     tuning, records = ([record for own in found for record in own[key]] for key in ("tuning", "runs"))
     figure = out.with_name(out.name + ".png")
     plot(records, figure)
-    tried = "; ".join(f"{name} {', '.join(f'{lr:g}' for lr in OPTIMIZERS[name][1])}" for name in names)
-    tables = "\n\n".join(f"## {network}\n\n{table(records, network)}" for network in NETWORKS)
+    tables = "\n\n".join(
+        f"## {network}\n\n{table(records, network)}\n\nLearning rates tried, one seed:\n\n{rate_table(tuning, network)}"
+        for network in NETWORKS
+    )
     text = (
         f"Scale {scale}. {settings['tasks']} regression tasks of {settings['steps']} steps each, one after another, "
         f"batch {BATCH}; inputs of {settings['dim']} numbers, those of each task in a subspace of its own at right "
         f"angles to the others. Errors are mean squared errors over the targets' variance; forgotten is by how much "
         f"those of all tasks but the last have grown since each was learnt. The learning rate, constant, has the "
-        f"lowest error at the end, for a seed of its own, of: {tried}. ± is the standard error over {seeds} seeds."
+        f"lowest error at the end, for a seed of its own, of those below. ± is the standard error over {seeds} seeds."
         f"\n\n{tables}\n\n![error on the first task]({figure.name})"
     )
     return write_report(out, "Orthogonal tasks", text, {"scale": scale, "tuning": tuning, "runs": records})
