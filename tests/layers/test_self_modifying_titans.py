@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nestlearn.layers.chunked_memory import LARGEST_GATE
 from nestlearn.layers.self_modifying_specification import specify, specify_reads
 from nestlearn.layers.self_modifying_titans import SelfModifyingTitans
+from nestlearn.layers.titans import Titans
 
 State = dict[str, Tensor]
 
@@ -230,6 +232,7 @@ def test_a_small_bound_clips_both_maps() -> None:
         {"conv_width": 1},
         {"conv_width": 2, "adaptive_query": True},
         {"initial_gate": 0.05, "retain_to": "zero"},
+        {"slowest_gate": 0.001, "negative_eigenvalues": True},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -338,12 +341,22 @@ def test_detach_every_cuts_gradients_and_nothing_else() -> None:
         ({"write_bound": 0.0}, "write_bound: expected a norm"),
         ({"write_scale": 0.0}, "write_scale: expected a positive fraction"),
         ({"initial_gate": 1.0}, "initial_gate: expected a number between 0 and 1, got 1.0"),
+        ({"slowest_gate": 0.0}, "slowest_gate: expected a number between 0 and 1, got 0.0"),
         ({"detach_every": 0}, "detach_every: expected at least 1"),
     ],
 )
 def test_a_wrong_setting_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SelfModifyingTitans(8, 2, **settings)
+
+
+@pytest.mark.parametrize("kind", [SelfModifyingTitans, Titans])
+def test_write_gates_start_as_a_geometric_series_over_the_heads(kind: type[SelfModifyingTitans] | type[Titans]) -> None:
+    layer = kind(16, 4, initial_gate=0.5, slowest_gate=0.0005)
+    assert (LARGEST_GATE * layer.gate_bias.sigmoid()).tolist() == pytest.approx([0.5, 0.05, 0.005, 0.0005], rel=1e-5)
+    assert torch.equal(kind(16, 4, initial_gate=0.5).gate_bias, kind(16, 4).gate_bias)
+    one = kind(4, 1, initial_gate=0.5, slowest_gate=0.0005)
+    assert (LARGEST_GATE * one.gate_bias.sigmoid()).item() == pytest.approx(0.5)
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -223,6 +223,22 @@ def spread_retention(heads: int, shortest: float = 64.0, longest: float = 16384.
     return torch.logit(retain.double()).to(torch.get_default_dtype())
 
 
+def spread_gates(heads: int, first: float, last: float | None, largest: float) -> Tensor:
+    """Biases (H,) of the write gates: gates from `first` to `last` over the heads, a geometric series; None for `first`
+    in all of them. The first head, which forgets fastest (`spread_retention`), writes with `first`.
+
+    Raises:
+        ValueError: if a gate is not between 0 and 1.
+    """
+    for name, value in (("initial_gate", first), ("slowest_gate", last)):
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
+    if last is None:
+        return torch.full((heads,), first / largest).logit(eps=1e-4)
+    gates = first * torch.logspace(0, 1, heads, base=last / first, dtype=torch.float64)
+    return torch.logit((gates / largest).clamp(max=1 - 1e-4)).to(torch.get_default_dtype())
+
+
 def check_scales(write_scale: float | None, projection_write_scale: float | None) -> None:
     """Refuses fractions that are not positive.
 

@@ -25,6 +25,7 @@ from nestlearn.layers.chunked_memory import (
     decode_main,
     gate_hidden,
     read_main,
+    spread_gates,
     spread_retention,
     token_gates,
     write_gates,
@@ -102,6 +103,9 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         gate_hidden_ratio: that of the memories for rate and retention, as a part of it: they hold one number a token
             (decision 26).
         initial_gate: write gate s at initialisation, in (0, 1).
+        slowest_gate: that of the last head, with a geometric series between it and `initial_gate` of the first; None
+            for `initial_gate` in all heads. A head with a small gate sums over as many tokens as the gate's inverse
+            before it saturates, so it can count (decision 43).
         conv_width: taps of the short convolutions.
         detach_every: cut the gradient through the writes every so many chunks, counted in each call; None never.
         backend: what walks the memories, with the same results to rounding: "torch" operations, the specification,
@@ -135,12 +139,11 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         memory_hidden: int | None = None,
         gate_hidden_ratio: float = 0.25,
         initial_gate: float = 0.5,
+        slowest_gate: float | None = None,
         conv_width: int = 4,
         detach_every: int | None = None,
         backend: Backend = "auto",
     ) -> None:
-        if not 0 < initial_gate < 1:
-            raise ValueError(f"initial_gate: expected a number between 0 and 1, got {initial_gate}")
         check_choice("inner_rule", inner_rule, InnerRule)
         check_static(static_projections, retain_to)
         head_dim = dim // heads
@@ -179,7 +182,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         # The exact step of an ordinary gate divides by 1 - s; with negative eigenvalues nothing does.
         self.largest_gate = 1.0 if negative_eigenvalues else LARGEST_GATE
         self.gate_readout = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
-        self.gate_bias = nn.Parameter(torch.full((heads,), initial_gate / self.largest_gate).logit(eps=1e-4))
+        self.gate_bias = nn.Parameter(spread_gates(heads, initial_gate, slowest_gate, self.largest_gate))
         if retention:
             self.retain_readout = nn.Parameter(torch.randn(heads, head_dim) * head_dim**-0.5)
             self.retain_bias = nn.Parameter(spread_retention(heads))

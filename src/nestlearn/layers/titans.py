@@ -20,6 +20,7 @@ from nestlearn.layers.chunked_memory import (
     base_weights,
     decode_main,
     read_main,
+    spread_gates,
     spread_retention,
     token_gates,
     write_gates,
@@ -59,6 +60,7 @@ class Titans(ChunkedMemoryLayer):
         write_bound: float | None = 4.0,
         memory_hidden: int | None = None,
         initial_gate: float = 0.5,
+        slowest_gate: float | None = None,
         conv_width: int = 4,
         detach_every: int | None = None,
         backend: Backend = "auto",
@@ -83,7 +85,7 @@ class Titans(ChunkedMemoryLayer):
         )
         # One linear map for the logits of all gates: write, retention, and momentum if it is on.
         self.gates = nn.Linear(dim, heads * (3 if momentum else 2), bias=False)
-        self.gate_bias = nn.Parameter(torch.full((heads,), initial_gate / LARGEST_GATE).logit(eps=1e-4))
+        self.gate_bias = nn.Parameter(spread_gates(heads, initial_gate, slowest_gate, LARGEST_GATE))
         self.retain_bias = nn.Parameter(spread_retention(heads))
         if momentum:
             self.momentum_bias = nn.Parameter(torch.zeros(heads))

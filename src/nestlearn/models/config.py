@@ -15,6 +15,7 @@ from nestlearn.layers.chunked_memory import (
     check_choice,
     check_scales,
     gate_hidden,
+    spread_gates,
 )
 from nestlearn.layers.self_modifying_titans import Projection, check_static
 from nestlearn.layers.tnt import check_shards
@@ -79,8 +80,9 @@ class HopeConfig:
             of the two above; see `nestlearn.layers.TNT`.
         inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, static_projections,
         residual_memory, write_scale, projection_write_scale, write_bound, memory_hidden, gate_hidden_ratio,
-        initial_gate, detach_every, backend: see `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans
-            read, retain_to, write_bound, memory_hidden, initial_gate, detach_every and backend.
+        initial_gate, slowest_gate, detach_every, backend: see `nestlearn.layers.SelfModifyingTitans`; TNT takes them
+            all, Titans read, retain_to, write_bound, memory_hidden, initial_gate, slowest_gate, detach_every and
+            backend.
 
     Raises:
         ValueError: saying what was expected, what came, and how to mend it.
@@ -120,6 +122,7 @@ class HopeConfig:
     memory_hidden: int | None = None
     gate_hidden_ratio: float = 0.25
     initial_gate: float = 0.5
+    slowest_gate: float | None = None
     detach_every: int | None = None
     backend: Backend = "auto"
 
@@ -177,8 +180,7 @@ class HopeConfig:
             )
         check_shards(self.global_chunk_size, self.local_chunk_sizes, self.shard_length, self.global_stride)
         gate_hidden(self.memory_hidden or self.dim // self.heads, self.gate_hidden_ratio)
-        if not 0 < self.initial_gate < 1:
-            raise ValueError(f"initial_gate: expected a number between 0 and 1, got {self.initial_gate}")
+        spread_gates(self.heads, self.initial_gate, self.slowest_gate, 1.0)
         check_scales(self.write_scale, self.projection_write_scale)
         check_bound(self.write_bound)
 
