@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nestlearn.evaluation.context_use import loss_by_position
+from nestlearn.continual.learner import ContinualLearner
+from nestlearn.evaluation.context_use import learning_reader, loss_by_position
+from nestlearn.memory.adaptation import LearningRule
+from nestlearn.models import HopeConfig, HopeLM
+from nestlearn.models.stacking import StackedModel, stack_levels
 from nestlearn.training.data import PackedTokens
 from nestlearn.training.tokenizers import load_tokenizer
 
@@ -71,3 +75,37 @@ def test_what_does_not_fit_is_refused() -> None:
         loss_by_position(Counting(), packed(["a" * 99], 32), fresh_every=32, max_tokens=99)
     with pytest.raises(ValueError, match="two windows of 32 tokens within documents"):
         loss_by_position(Counting(), packed(["a" * 40], 32), fresh_every=16, max_tokens=99)
+
+
+def small_hope() -> StackedModel:
+    torch.manual_seed(0)
+    return stack_levels(HopeLM(HopeConfig(dim=16, depth=1, heads=2, chunk_size=4)), (8, 16), notice=None)
+
+
+def test_windows_read_by_levels_at_rest_are_those_of_the_model() -> None:
+    model, text = small_hope(), packed(["the same words and the same words again, " * 5], 32)
+    rest = [LearningRule(lr=0.0)] * 2
+    found = loss_by_position(
+        model.base, text, fresh_every=8, max_tokens=10**6, reader=learning_reader(model, rest, window=64)
+    )
+    for own, expected in zip(found, loss_by_position(model.base, text, fresh_every=8, max_tokens=10**6), strict=True):
+        assert own.bits == pytest.approx(expected.bits, abs=1e-5)
+        assert own.gain == pytest.approx(expected.gain, abs=1e-5)
+
+
+def test_levels_learn_from_the_windows_that_they_read_each_from_the_beginning() -> None:
+    model, text = small_hope(), packed(["the same words and the same words again, " * 5], 32)
+    rules = [LearningRule(lr=0.3)] * 2
+    reader = learning_reader(model, rules, window=64)
+    (batch,) = text.evaluation_batches(16)
+    tokens, targets = batch.tokens[:3], batch.targets[:3]
+    bits = reader(tokens, targets)
+    assert bits.shape == tokens.shape
+    for row in range(3):
+        learner = ContinualLearner(model, lr=0.3, window=64)
+        learnt = learner.observe(torch.cat([tokens[row], targets[row, -1:]]))
+        assert learnt.updates == (4, 2)
+        assert bits[row].mean().item() * math.log(2) == pytest.approx(learnt.loss, abs=1e-5)
+    at_rest = learning_reader(model, [LearningRule(lr=0.0)] * 2, window=64)(tokens, targets)
+    assert torch.allclose(bits[:, :7], at_rest[:, :7], atol=1e-5)  # nothing is learnt before the first period is full
+    assert bits[:, 16:].mean() < at_rest[:, 16:].mean() - 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.evaluation.report import finite_or_none
+from nestlearn.memory.adaptation import LearningRule
+from nestlearn.models.in_context import LevelMemory, read
+from nestlearn.models.stacking import StackedModel
 from nestlearn.training.data import IGNORED, PackedTokens
+
+# Tokens (B, T) and targets (B, T) to the bits of each target (B, T).
+Reader = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +44,14 @@ class Stretch:
         return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
 
-@torch.no_grad()
 def loss_by_position(
-    model: nn.Module, data: PackedTokens, *, fresh_every: int, max_tokens: int, batch_size: int = 4
+    model: nn.Module,
+    data: PackedTokens,
+    *,
+    fresh_every: int,
+    max_tokens: int,
+    batch_size: int = 4,
+    reader: Reader | None = None,
 ) -> list[Stretch]:
     """Bits per token at the positions of long windows, in stretches that double in length.
 
@@ -53,6 +65,7 @@ def loss_by_position(
         fresh_every: tokens of a piece, such as the length that the model was trained at.
         max_tokens: windows are taken evenly from the text, about so many tokens.
         batch_size: windows at once.
+        reader: what reads whole windows; None for the model. `learning_reader` is one whose levels learn meanwhile.
 
     Returns:
         the stretches [0, n), [n, 2 n), [2 n, 4 n), ... with n = fresh_every.
@@ -76,7 +89,7 @@ def loss_by_position(
         if not len(tokens):
             continue
         starts = torch.arange(length).remainder(fresh_every).eq(0).expand(len(tokens), -1)
-        whole.append(_bits(model, tokens, targets, None))
+        whole.append(_bits(model, tokens, targets, None) if reader is None else reader(tokens, targets))
         pieces.append(_bits(model, tokens, targets, starts))
     model.train(was_training)
     if sum(map(len, whole)) < 2:
@@ -95,6 +108,26 @@ def loss_by_position(
     return found
 
 
+def learning_reader(model: StackedModel, rules: Sequence[LearningRule], *, window: int) -> Reader:
+    """Reads windows while the levels learn from them (Eq. 71), each from the initial weights on.
+
+    A token is predicted with what was learnt from the segments before its own.
+
+    Args:
+        model: stacked.
+        rules: of its levels.
+        window: longest context of a base with attention, in tokens.
+    """
+
+    def bits(tokens: Tensor, targets: Tensor) -> Tensor:
+        memory = LevelMemory(model.fresh(len(tokens), rules), len(tokens), 0)
+        text = torch.cat([tokens, targets[:, -1:]], dim=1).to(next(model.parameters()).device)
+        return read(model, text, memory, rules, window=window).losses.double().cpu() / math.log(2)
+
+    return bits
+
+
+@torch.no_grad()
 def _bits(model: nn.Module, tokens: Tensor, targets: Tensor, document_starts: Tensor | None) -> Tensor:
     """Bits of each token, (B, T) in float64."""
     device = next(model.parameters()).device

@@ -51,17 +51,26 @@ class Reading(NamedTuple):
 
     Attributes:
         memory: afterwards.
-        nats: loss of each row, summed over its predicted tokens, with what was learnt before each segment, (B,).
-        predicted: tokens of a row that were predicted; the first of a call is not.
+        losses: in nats, of each predicted token with what was learnt before its segment, (B, predicted); the first
+            token of a call is not predicted.
         tokens: of a row.
         updates: in their order.
     """
 
     memory: LevelMemory
-    nats: Tensor
-    predicted: int
+    losses: Tensor
     tokens: int
     updates: tuple[Update, ...]
+
+    @property
+    def nats(self) -> Tensor:
+        """Loss of each row, summed over its predicted tokens, (B,)."""
+        return self.losses.sum(1)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens of a row that were predicted."""
+        return self.losses.shape[1]
 
 
 def read(
@@ -71,8 +80,7 @@ def read(
     parts = list(segments(model, tokens, memory, rules, **settings))
     return Reading(
         parts[-1].memory,
-        torch.stack([part.nats for part in parts]).sum(0),
-        sum(part.predicted for part in parts),
+        torch.cat([part.losses for part in parts], dim=1),
         tokens.shape[1],
         tuple(update for part in parts for update in part.updates),
     )
@@ -137,30 +145,30 @@ def segments(
         stop = min(length, start + longest, start + min((period - now % period for period in periods), default=length))
         fed, targets = tokens[:, max(start - 1, 0) : stop - 1], tokens[:, max(start, 1) : stop]
         weights = dict(memory.weights)
-        nats = torch.zeros(len(tokens), dtype=dtype, device=tokens.device)
+        losses = torch.zeros(len(tokens), 0, dtype=dtype, device=tokens.device)
         updates: list[Update] = []
         with _reading(model.base, order):
             if fed.shape[1]:
                 context = _make_room(model, tokens, start, fed.shape[1], context, weights, window, order)
                 if learn:
-                    nats, weights, context = _learn(model, fed, targets, weights, context, order)
+                    losses, weights, context = _learn(model, fed, targets, weights, context, order)
                 else:
                     logits, context = model(fed, weights, context)
-                    nats = _losses(logits, targets)
+                    losses = _losses(logits, targets)
             if learn:
                 before, time = weights, memory.tokens + stop - start
                 weights, due = advance_levels(weights, levels, time, nested=nested)
                 changed = [i for i, level in enumerate(model.levels) if level.period in due and rules[i].lr]
                 updates = [_update(model, i, time, before, weights) for i in changed]
                 memory = LevelMemory(weights, memory.rows, time)
-        yield Reading(memory, nats, fed.shape[1], stop - start, tuple(updates))
+        yield Reading(memory, losses, stop - start, tuple(updates))
         start = stop
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each row (B,), in fp32 at least."""
+    """Nats of each token (B, T), in fp32 at least."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(1)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def _learn(
@@ -171,7 +179,7 @@ def _learn(
     context: Context | None,
     order: Order,
 ) -> tuple[Tensor, dict[str, FastWeight], Context]:
-    """Losses (B,) of a segment, the weights with its gradients, and the context after it."""
+    """Losses (B, T) of a segment, the weights with its gradients, and the context after it."""
     inputs: dict[str, Tensor] = {}
     # Tensors of this segment alone: its gradient does not go on through what the context kept of earlier ones.
     leaves = {
@@ -184,9 +192,11 @@ def _learn(
         # The weights stay in place while gradients are taken: checkpointing reads again then.
         with model.reading(read_as, inputs.__setitem__ if gram else None):
             logits, context = model(fed, None, context)
-            nats = _losses(logits, targets)
+            losses = _losses(logits, targets)
             gradients = (
-                torch.autograd.grad(nats.sum(), list(leaves.values()), create_graph=order == 2, retain_graph=order > 0)
+                torch.autograd.grad(
+                    losses.sum(1).sum(), list(leaves.values()), create_graph=order == 2, retain_graph=order > 0
+                )
                 if leaves
                 else ()
             )
@@ -196,7 +206,7 @@ def _learn(
         name: weights[name].gathered(gradient, inputs.get(name))
         for name, gradient in zip(leaves, gradients, strict=True)
     }
-    return (nats if order else nats.detach()), found, context if order else _detached(context)
+    return (losses if order else losses.detach()), found, context if order else _detached(context)
 
 
 def _make_room(
