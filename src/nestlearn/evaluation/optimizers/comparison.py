@@ -43,7 +43,7 @@ COMPARED = ("adamw", "muon", "adamuon", "m3", "m3 without slow", "m3 paper", "sg
 
 
 def train_one(job: Job) -> Record:
-    """One run: the held-out loss over steps and over seconds of training.
+    """One run: the held-out loss over steps and over processor seconds of training.
 
     A run whose loss is not finite ends there; `diverged` says at which step.
     """
@@ -51,7 +51,7 @@ def train_one(job: Job) -> Record:
     optimizer = build(job["optimizer"], task.model, job["lr"])
     curve, seconds, diverged = [], 0.0, None
     for step in range(job["steps"]):
-        begin = time.perf_counter()
+        begin = time.process_time()  # other work on the machine does not count
         optimizer.zero_grad()
         loss = task.loss(step)
         loss.backward()
@@ -59,7 +59,7 @@ def train_one(job: Job) -> Record:
             diverged = step
             break
         optimizer.step(_schedule(step, job["steps"]))
-        seconds += time.perf_counter() - begin
+        seconds += time.process_time() - begin
         if (step + 1) % job["every"] == 0 or step + 1 == job["steps"]:
             found = task.held_out()
             if not math.isfinite(found):
@@ -145,7 +145,7 @@ def table(records: Sequence[Record], tuning: Sequence[Record]) -> str:
         )
     unit = records[0]["unit"]
     header = ["optimizer", "learning rate", "seeds", f"held-out loss ({unit})", f"paired difference to {REFERENCE}",
-              f"steps to {REFERENCE}'s loss", "seconds to it", "ms a step"]  # fmt: skip
+              f"steps to {REFERENCE}'s loss", "processor seconds to it", "ms a step"]  # fmt: skip
     return markdown_table(header, rows)
 
 
@@ -177,7 +177,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
             panel.plot(x, y, color=f"C{i}", linewidth=1.4, label=name)
             low, high = ([m + sign * (e or 0.0) for m, e in points] for sign in (-1, 1))
             panel.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
-    for panel, label in zip(panels, ("steps", "seconds of training, one thread"), strict=True):
+    for panel, label in zip(panels, ("steps", "processor seconds of training, one thread"), strict=True):
         panel.set_xlabel(label)
         panel.grid(alpha=0.25)
     if ends:
