@@ -82,7 +82,9 @@ def test_tables_of_language_models_are_made_at_the_smallest_scale(name: str, tmp
     assert [record["job"]["model"] for record in results["runs"]] == models
     assert all(f"{model.removeprefix('hope/')} " in page for model in models)
     assert str(data_dir) not in (tmp_path / "t.json").read_text()
-    assert len(results["measured"]) == (2 if TABLES[name].measure else 0)  # type: ignore[union-attr]
+    learners = [model for model in models if model in TABLES[name].learners]  # type: ignore[union-attr]
+    assert len(results["measured"]) == (2 if TABLES[name].measure else 0) + len(learners)  # type: ignore[union-attr]
+    assert all(f"| {model}, levels learn " in page for model in learners)
     assert (tmp_path / "t.png").stat().st_size > 5000
     done = run(name, tmp_path, *given)
     assert "2 of 2 jobs are done already" in done.output
@@ -290,4 +292,11 @@ def test_losses_that_are_not_finite_leave_a_page() -> None:
     assert "| titans " not in page
     assert "Left out, for losses that were not finite: titans" in page
     assert "at most 0.0100" in page
+    assert "levels learn" not in page
+    learnt = [{**fine, "bits": 1.9}, {**fine, "begin": 512, "end": 1024, "bits": 1.8, "gain": 0.2}]
+    chosen = {"rule": "gd", "lr": 5e-5, "clip": None}
+    learning = {"hope-0, levels learn": {"tried": [2.0, 1.9], "chosen": chosen, "stretches": learnt}}
+    page = context_use.page(records[:1], {**measured, **learning}, plan)
+    assert "| hope, levels learn | 1     | 1.900 | 1.800     |" in page
+    assert "tried on novels of the training side: gd 5e-05" in page
     assert context_use.page(records[1:], {"titans-0": measured["titans-0"]}, plan) == "No model's loss was finite."

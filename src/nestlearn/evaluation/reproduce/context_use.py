@@ -9,7 +9,7 @@ from typing import Any
 from nestlearn.evaluation.jobs import Record
 from nestlearn.evaluation.report import markdown_table, mean_and_error, with_error
 from nestlearn.evaluation.reproduce.ablation import VARIANTS
-from nestlearn.evaluation.reproduce.novels import NovelsPlan, NovelsTable, plan
+from nestlearn.evaluation.reproduce.novels import NovelsPlan, NovelsTable, plan, while_learning
 from nestlearn.io import atomic_path
 
 MODELS: dict[str, Mapping[str, Any]] = {
@@ -19,6 +19,9 @@ MODELS: dict[str, Mapping[str, Any]] = {
     "gated_delta_net": {},
     "transformer": {"cms_periods": (1,)},
 }
+
+
+LEARNERS = ("hope", "transformer")
 
 
 def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPlan) -> str:
@@ -31,6 +34,7 @@ def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPla
     lost = sorted({r["job"]["model"] for r in records} - set(by_model))
     left_out = f" Left out, for losses that were not finite: {', '.join(lost)}." if lost else ""
     header = ["model", "seeds", *(f"{stretch['begin']:,}-{stretch['end']:,}" for stretch in some)]
+    learning = _learning(records, measured, length)
     losses = [[name, len(runs), *(with_error(bits, 3) for bits in _over(runs, "bits"))] for name, runs in
               by_model.items()]  # fmt: skip
     gains = [[name, len(runs), *(with_error(gain, signed=True) for gain in _over(runs, "gain")[1:])] for name, runs in
@@ -43,7 +47,7 @@ def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPla
         f"on the same bytes with a context that begins anew every {length:,} bytes. Where it goes on growing, the "
         f"model uses what lies further back than all that it was trained on; where it is negative, the context does "
         f"harm. ± is over seeds, which all read the same windows; over windows the standard error of a gain is at most "
-        f"{texts:.4f}.{left_out}\n\n"
+        f"{texts:.4f}.{left_out}{learning}\n\n"
         f"{markdown_table([*header[:2], *header[3:]], gains)}\n\nThe paper prints no numbers for its Figure 10."
     )
 
@@ -80,13 +84,36 @@ def plot(records: Sequence[Record], measured: Mapping[str, Any], path: Path) -> 
 
 
 def _by_model(records: Sequence[Record], measured: Mapping[str, Any]) -> dict[str, list[list[dict[str, Any]]]]:
-    """The stretches of every run, by model."""
+    """The stretches of every run, by model; those in which levels learn under a name of their own."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
     for record in records:
-        stretches = measured.get(record["job"]["name"])
-        if stretches and all(value is not None for stretch in stretches for value in stretch.values()):
-            found.setdefault(record["job"]["model"], []).append(stretches)
+        name, model = record["job"]["name"], record["job"]["model"]
+        learnt = measured.get(while_learning(name))
+        for label, stretches in (
+            (model, measured.get(name)),
+            (while_learning(model), learnt["stretches"] if learnt else None),
+        ):
+            if stretches and all(value is not None for stretch in stretches for value in stretch.values()):
+                found.setdefault(label, []).append(stretches)
     return found
+
+
+def _learning(records: Sequence[Record], measured: Mapping[str, Any], length: int) -> str:
+    """What "levels learn" means, and which rules were chosen."""
+    chosen = {
+        record["job"]["name"]: measured[while_learning(record["job"]["name"])]["chosen"]
+        for record in records
+        if while_learning(record["job"]["name"]) in measured
+    }
+    if not chosen:
+        return ""
+    rules = sorted({f"{rule['rule']} {rule['lr']:g}" for rule in chosen.values()})
+    return (
+        f' Where "levels learn", all MLP blocks learn from each {length:,} bytes when they are read, in every window '
+        "from the trained weights on (Eq. 71, the summed gradient, unclipped); a Transformer has a context of "
+        f"{2 * length:,} bytes there. Of some rules each run takes the best, tried on novels of the training side: "
+        f"{', '.join(rules)}. What they gain is over the same model at rest with a context that begins anew."
+    )
 
 
 def _over(runs: Sequence[Sequence[Mapping[str, float]]], key: str) -> list[list[float]]:
@@ -99,5 +126,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 TABLE = NovelsTable(
-    title="Context use (Figure 10)", models=MODELS, plan=plan, page=page, plot=plot, measure="context use"
+    title="Context use (Figure 10)",
+    models=MODELS,
+    plan=plan,
+    page=page,
+    plot=plot,
+    measure="context use",
+    learners=LEARNERS,
 )

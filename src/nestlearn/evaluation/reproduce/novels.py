@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nestlearn.evaluation.context_use import loss_by_position
+from nestlearn.evaluation.context_use import learning_reader, loss_by_position
 from nestlearn.evaluation.jobs import Job, Record, run_jobs
 from nestlearn.evaluation.language_modeling import (
     TUNING_SEED,
@@ -26,11 +29,18 @@ from nestlearn.evaluation.reproduce.table import Order, Scale
 from nestlearn.evaluation.tasks.haystacks import find_data_root
 from nestlearn.evaluation.zero_shot import FILES, ask, read_questions
 from nestlearn.io import missing_file
+from nestlearn.memory.adaptation import LearningRule
+from nestlearn.models.stacking import stack_levels
 from nestlearn.training.checkpoint import load_model
 from nestlearn.training.config import DataConfig
 from nestlearn.training.data import PackedTokens, Tokenizer, read_documents, tokenize_documents
 
 TEXT, HELD_OUT = "eltec_eng/train.jsonl.gz", "eltec_eng/valid.jsonl.gz"
+LEARNS = "context use while learning"
+LEARNING: tuple[Mapping[str, Any], ...] = (
+    *({"rule": "momentum", "lr": lr, "clip": None} for lr in (2e-6, 5e-6)),
+    *({"rule": "gd", "lr": lr, "clip": None} for lr in (2e-5, 5e-5, 1e-4)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +54,9 @@ class NovelsPlan:
         tune_steps: of the runs that try them.
         seeds: how many by default.
         max_bytes: of the training text; 0 for all of it.
-        measure: what the measures need: "window" and "window_tokens" of context use, "questions" of each set.
+        measure: what the measures need: "window" and "window_tokens" of context use, and where levels learn meanwhile
+            "choosing_tokens" of a text of "choosing_bytes"; "questions" of each set.
+        learning: settings of `LearningRule` that are tried where levels learn.
     """
 
     size: Mapping[str, Any]
@@ -54,6 +66,7 @@ class NovelsPlan:
     seeds: int
     max_bytes: int
     measure: Mapping[str, int]
+    learning: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +81,7 @@ class NovelsTable:
         page: (records, measured by the records' names, plan) -> Markdown.
         plot: (records, measured, path of the picture).
         measure: one of `MEASURES`, of the trained models; None for their held-out loss alone.
+        learners: models that are measured once more while their levels learn, see `while_learning`.
         one_rate: whether all take the learning rate that is best for "hope", as variants of one model do.
     """
 
@@ -77,6 +91,7 @@ class NovelsTable:
     page: Callable[[Sequence[Record], Mapping[str, Any], NovelsPlan], str]
     plot: Callable[[Sequence[Record], Mapping[str, Any], Path], None]
     measure: str | None = None
+    learners: tuple[str, ...] = ()
     one_rate: bool = False
 
 
@@ -92,7 +107,14 @@ def plan(scale: Scale) -> NovelsPlan:
         tune_steps=100,
         seeds=3,
         max_bytes=20_000_000,
-        measure={"window": 16 * 512, "window_tokens": 64 * 16 * 512, "questions": 512},
+        measure={
+            "window": 16 * 512,
+            "window_tokens": 64 * 16 * 512,
+            "choosing_tokens": 8 * 16 * 512,
+            "choosing_bytes": 8_000_000,
+            "questions": 512,
+        },
+        learning=LEARNING,
     )
     if scale == "smoke":
         return NovelsPlan(
@@ -102,7 +124,14 @@ def plan(scale: Scale) -> NovelsPlan:
             tune_steps=1,
             seeds=1,
             max_bytes=100_000,
-            measure={"window": 128, "window_tokens": 1024, "questions": 4},
+            measure={
+                "window": 128,
+                "window_tokens": 1024,
+                "choosing_tokens": 512,
+                "choosing_bytes": 100_000,
+                "questions": 4,
+            },
+            learning=LEARNING[:1],
         )
     if scale == "small":
         return small
@@ -121,7 +150,14 @@ def plan(scale: Scale) -> NovelsPlan:
         tune_steps=600,
         seeds=3,
         max_bytes=0,
-        measure={"window": 16 * 2048, "window_tokens": 2**22, "questions": 10_000},
+        measure={
+            "window": 16 * 2048,
+            "window_tokens": 2**22,
+            "choosing_tokens": 2**19,
+            "choosing_bytes": 80_000_000,
+            "questions": 10_000,
+        },
+        learning=LEARNING,
     )
 
 
@@ -182,6 +218,13 @@ def reproduce_novels(table: NovelsTable, order: Order) -> str:
         measuring = [_measuring(job, table.measure, plan) for job in fit]
         found = run_jobs(measure_one, measuring, order.runs / "records", processes=order.processes)
         measured = {job["name"]: record["measured"] for job, record in zip(fit, found, strict=True)}
+    if table.learners:
+        fit = [
+            record["job"] for record in records if not record["diverged"] and record["job"]["model"] in table.learners
+        ]
+        learning = [_measuring(job, LEARNS, plan, rules=[dict(rule) for rule in plan.learning]) for job in fit]
+        found = run_jobs(measure_one, learning, order.runs / "records", processes=order.processes)
+        measured |= {while_learning(job["name"]): r["measured"] for job, r in zip(fit, found, strict=True)}
     figure = order.out.with_name(order.out.name + ".png")
     table.plot(records, measured, figure)
     page = f"{_protocol(table, plan, [*records, *tuning], order.scale)} {table.page(records, measured, plan)}"
@@ -189,11 +232,22 @@ def reproduce_novels(table: NovelsTable, order: Order) -> str:
     return write_report(order.out, table.title, f"{page}\n\n![{table.title}]({figure.name})", results)
 
 
-def _measuring(job: Job, measure: str, plan: NovelsPlan) -> Job:
-    needed = ("questions",) if measure == "zero-shot" else ("window", "window_tokens")
+def _measuring(job: Job, measure: str, plan: NovelsPlan, **others: Any) -> Job:
+    needed = {
+        "zero-shot": ("questions",),
+        LEARNS: ("window", "window_tokens", "choosing_tokens", "choosing_bytes"),
+    }.get(measure, ("window", "window_tokens"))
     settings = {"sequence_length": plan.runs["sequence_length"], **{name: plan.measure[name] for name in needed}}
     label = "-".join(str(value) for value in settings.values())
-    return {"name": f"{job['name']}-{measure}-{label}", "folder": job["folder"], "measure": measure, **settings}
+    if others:
+        label += "-" + hashlib.blake2b(json.dumps(others, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return {
+        "name": f"{job['name']}-{measure}-{label}",
+        "folder": job["folder"],
+        "measure": measure,
+        **settings,
+        **others,
+    }
 
 
 def measure_one(job: Job) -> Record:
@@ -210,12 +264,46 @@ def _context_use(model: nn.Module, tokenizer: Tokenizer, job: Job) -> Any:
     return [stretch.to_dict() for stretch in found]
 
 
+def _context_use_while_learning(model: nn.Module, tokenizer: Tokenizer, job: Job) -> Any:
+    """The best of some rules, tried on novels of the training side, and what it finds in the others."""
+    length = job["sequence_length"]
+    stacked = stack_levels(model, (length,), strategy="whole_depth", notice=None)
+
+    def measure(documents: Any, rule: Mapping[str, Any], tokens: int) -> list[dict[str, Any]]:
+        found = loss_by_position(
+            model,
+            PackedTokens(documents, sequence_length=job["window"]),
+            fresh_every=length,
+            max_tokens=tokens,
+            reader=learning_reader(stacked, [LearningRule(**rule)], window=2 * length),
+        )
+        return [stretch.to_dict() for stretch in found]
+
+    def bits(stretches: list[dict[str, Any]]) -> float:
+        if any(stretch["bits"] is None for stretch in stretches):
+            return math.inf
+        return sum(stretch["bits"] * (stretch["end"] - stretch["begin"]) for stretch in stretches) / job["window"]
+
+    novels = tokenize_documents(read_documents(find_data_root() / TEXT, max_bytes=job["choosing_bytes"]), tokenizer)
+    tried = [bits(measure(novels, rule, job["choosing_tokens"])) for rule in job["rules"]]
+    chosen = job["rules"][tried.index(min(tried))]
+    others = tokenize_documents(read_documents(find_data_root() / HELD_OUT), tokenizer)
+    return {"tried": tried, "chosen": chosen, "stretches": measure(others, chosen, job["window_tokens"])}
+
+
+def while_learning(name: str) -> str:
+    """What a model is called whose levels learn while it is measured: all its MLP blocks, every `sequence_length`
+    tokens (Eq. 71), in each window from the trained weights on."""
+    return f"{name}, levels learn"
+
+
 def _zero_shot(model: nn.Module, tokenizer: Tokenizer, job: Job) -> Any:
     return {name: ask(model, tokenizer, read_questions(name, limit=job["questions"])) for name in FILES}
 
 
 MEASURES: dict[str, Callable[[nn.Module, Tokenizer, Job], Any]] = {
     "context use": _context_use,
+    LEARNS: _context_use_while_learning,
     "zero-shot": _zero_shot,
 }
 
