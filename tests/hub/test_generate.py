@@ -13,6 +13,7 @@ from hope_models import MIXERS, padded, small_model, text
 from torch import Tensor
 from transformers import DynamicCache, TextIteratorStreamer
 
+from cache_name import CACHE
 from nestlearn.hub import HopeCache, HopeForCausalLM, cache_to_state, state_to_cache, to_transformers
 from nestlearn.training.tokenizers import ByteTokenizer
 
@@ -38,7 +39,7 @@ def test_greedy_is_the_same_however_the_text_is_read(mixer: str) -> None:
     prompt = text(2, 7)
     cached = go_on(model, prompt)
     assert torch.equal(cached, go_on(model, prompt, use_cache=False))
-    assert torch.equal(cached, go_on(model, prompt, past_key_values=HopeCache(), prefill_chunk_size=1))
+    assert torch.equal(cached, go_on(model, prompt, cache=HopeCache(), prefill_chunk_size=1))
     with torch.no_grad():
         state, token, found = None, prompt[:, 0], []
         for place in range(prompt.shape[1] + cached.shape[1] - 1):
@@ -55,7 +56,7 @@ def test_beams_are_the_same_however_the_text_is_read(mixer: str) -> None:
     prompt = text(2, 7)
     cached = go_on(model, prompt, num_beams=3)
     assert torch.equal(cached, go_on(model, prompt, num_beams=3, use_cache=False))
-    assert torch.equal(cached, go_on(model, prompt, num_beams=3, past_key_values=HopeCache(), prefill_chunk_size=1))
+    assert torch.equal(cached, go_on(model, prompt, num_beams=3, cache=HopeCache(), prefill_chunk_size=1))
 
 
 def test_beams_find_what_greedy_misses() -> None:
@@ -87,7 +88,7 @@ def test_logits_of_a_padded_batch_are_those_of_each_row_alone(mixer: str) -> Non
         cut = 6  # a row may have nothing but padding before it
         with torch.no_grad():
             first = model(ids[:, :cut], attention_mask=mask[:, :cut])
-            second = model(ids[:, cut:], attention_mask=mask, past_key_values=first.past_key_values)
+            second = model(ids[:, cut:], attention_mask=mask, cache=getattr(first, CACHE))
             logits = torch.cat([first.logits, second.logits], 1)
             for row, got, held in zip(rows, logits, mask, strict=True):
                 torch.testing.assert_close(got[held.bool()], model(row[None]).logits[0], rtol=0, atol=1e-10)
@@ -123,14 +124,14 @@ def test_eight_conversations_of_twenty_turns_in_one_batch_answer_as_if_alone(mix
     for turn, rows in enumerate(said):
         new, held = padded(rows, "left" if turn % 2 else "right")
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, held], 1)
-        answer = go_on(model, ids, mask, past_key_values=cache, max_new_tokens=3)
+        answer = go_on(model, ids, mask, cache=cache, max_new_tokens=3)
         ids, mask = torch.cat([ids, answer], 1), torch.cat([mask, torch.ones_like(answer)], 1)
         together.append(answer)
     for row in range(8):
         own, alone = torch.zeros(1, 0, dtype=torch.long), HopeCache()
         for turn, rows in enumerate(said):
             own = torch.cat([own, rows[row][None]], 1)
-            answer = go_on(model, own, past_key_values=alone, max_new_tokens=3)
+            answer = go_on(model, own, cache=alone, max_new_tokens=3)
             own = torch.cat([own, answer], 1)
             assert torch.equal(answer[0], together[turn][row]), f"turn {turn} of conversation {row}"
     # The cache held all there was: the last answer follows from the whole text too.
@@ -144,7 +145,7 @@ def test_a_cache_does_not_grow_except_with_attention(mixer: str) -> None:
     sizes = []
     for count in (10, 100):
         cache = HopeCache()
-        go_on(model, text(1, 5), past_key_values=cache, max_new_tokens=count)
+        go_on(model, text(1, 5), cache=cache, max_new_tokens=count)
         state = cache_to_state(cache)
         assert state is not None
         sizes.append(sum(tensor.nbytes for tensor in state.values()))
@@ -157,10 +158,10 @@ def test_a_copied_cache_is_continued_twice() -> None:
     prompt = text(2, 9)
     cache = HopeCache()
     with torch.no_grad():
-        model(prompt, past_key_values=cache)
+        model(prompt, cache=cache)
     for seed in (1, 2):
         more = torch.cat([prompt, text(2, 4, seed=seed)], 1)
-        assert torch.equal(go_on(model, more, past_key_values=copy.deepcopy(cache)), go_on(model, more))
+        assert torch.equal(go_on(model, more, cache=copy.deepcopy(cache)), go_on(model, more))
     assert cache.get_seq_length() == 9
 
 
@@ -169,9 +170,9 @@ def test_a_copied_cache_is_continued_twice() -> None:
 def test_a_cache_stays_as_it_is_where_none_is_to_be_kept(mixer: str, tokens: int) -> None:
     model = small_model(mixer)
     with torch.no_grad():
-        cache = model(text(2, 12)).past_key_values
+        cache = getattr(model(text(2, 12)), CACHE)
         before = {name: tensor.clone() for name, tensor in (cache_to_state(cache) or {}).items()}
-        model(text(2, tokens, seed=1), past_key_values=cache, use_cache=False)
+        model(text(2, tokens, seed=1), cache=cache, use_cache=False)
     after = cache_to_state(cache) or {}
     assert cache.get_seq_length() == 12
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -187,11 +188,11 @@ def test_cache_and_state_are_the_same_thing(mixer: str) -> None:
         assert back is not None
         assert list(back) == list(state)
         assert all(back[name] is tensor for name, tensor in state.items())
-        theirs = cache_to_state(output.past_key_values)
+        theirs = cache_to_state(getattr(output, CACHE))
         assert theirs is not None
         assert all(torch.equal(theirs[name], tensor) for name, tensor in state.items())
         assert torch.equal(output.logits, logits)
-        again = model(text(3, 4, seed=7), past_key_values=state_to_cache(state, 9)).logits
+        again = model(text(3, 4, seed=7), cache=state_to_cache(state, 9)).logits
         torch.testing.assert_close(again, model.lm(text(3, 4, seed=7), state)[0], rtol=0, atol=0)
     rows = torch.tensor([2, 0, 0])
     cache = state_to_cache(state, 9)
@@ -199,6 +200,27 @@ def test_cache_and_state_are_the_same_thing(mixer: str) -> None:
     moved = cache_to_state(cache)
     assert moved is not None
     assert all(torch.equal(moved[name], tensor[rows]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_may_come_under_either_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: logging.Logger, message: str, *args: Any) -> None:
+        raise AssertionError(f"transformers complains: {message}")
+
+    monkeypatch.setattr(logging.Logger, "warning_once", refuse)
+    model = small_model("self_modifying_titans")
+    prompt = text(2, 9)
+    whole, expected = model(prompt).logits, go_on(model, prompt)
+    begun = getattr(model(prompt[:, :5]), CACHE)
+    torch.testing.assert_close(model(prompt[:, 5:], **{name: copy.deepcopy(begun)}).logits, whole[:, 5:])
+    assert torch.equal(go_on(model, prompt, **{name: copy.deepcopy(begun)}), expected)
+    assert torch.equal(go_on(model, prompt, cache=None, past_key_values=None), expected)
+    assert torch.equal(go_on(model, prompt, cache=begun, past_key_values=begun), expected)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="got another one as past_key_values"):
+            call(prompt, cache=begun, past_key_values=HopeCache())
+    with pytest.raises(ValueError, match="takes no cache_params"):
+        model(prompt, cache_params=begun)
 
 
 def test_streaming_gives_the_text_that_is_returned() -> None:
@@ -230,7 +252,7 @@ def test_packed_documents_are_read_as_if_apart() -> None:
         torch.testing.assert_close(model(ids, **told).logits[0], apart, rtol=0, atol=1e-10)
         first, second = [{name: value[:, part] for name, value in told.items()} for part in (slice(7), slice(7, None))]
         begun = model(ids[:, :7], **first)
-        rest = model(ids[:, 7:], past_key_values=begun.past_key_values, **second).logits
+        rest = model(ids[:, 7:], cache=getattr(begun, CACHE), **second).logits
         torch.testing.assert_close(rest[0], apart[7:], rtol=0, atol=1e-10)
 
 
@@ -247,7 +269,7 @@ def test_what_cannot_be_done_is_refused() -> None:
     model = small_model("delta_net")
     ids = text(1, 7)
     for settings, says in (
-        ({"past_key_values": DynamicCache()}, "expected a HopeCache, got DynamicCache"),
+        ({"cache": DynamicCache()}, "expected a HopeCache, got DynamicCache"),
         ({"attention_mask": torch.ones(1, 5)}, "attention_mask: expected one number a token"),
         ({"attention_mask": torch.ones(1, 1, 7, 7)}, "document_starts or position_ids"),
         ({"output_attentions": True}, "output_attentions: Hope records none"),
@@ -259,11 +281,11 @@ def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(ValueError, match="takes no inputs_embeds"):
         model.generate(inputs_embeds=torch.zeros(1, 7, 16), max_new_tokens=2)
     cache = HopeCache()
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(2)
     cache.reset()
     assert cache_to_state(cache) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert model(ids, use_cache=False).past_key_values is None
+        assert getattr(model(ids, use_cache=False), CACHE) is None

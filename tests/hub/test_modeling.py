@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import nestlearn
+from cache_name import CACHE
 from house import ROOT
 from nestlearn.hub import HopeConfig, HopeForCausalLM
 from nestlearn.models import HopeLM
@@ -182,7 +183,7 @@ def test_the_loss_is_that_of_the_next_token() -> None:
         labels = torch.where(mask.bool(), ids, -100)
         torch.testing.assert_close(model(ids, attention_mask=mask, labels=labels).loss, expected)
     assert model(ids, labels=labels, return_dict=False)[0].shape == ()
-    assert model.train()(ids, labels=labels).past_key_values is None
+    assert getattr(model.train()(ids, labels=labels), CACHE) is None
 
 
 @pytest.mark.parametrize("mixer", ["self_modifying_titans", "attention"])
@@ -208,7 +209,7 @@ def test_weights_in_bfloat16_keep_their_state_in_fp32(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     output = model(text(1, 9))
     assert output.logits.dtype == torch.bfloat16
-    floats = [t for layer in output.past_key_values.layers for n, t in layer.state.items() if "inner" in n]
+    floats = [t for layer in getattr(output, CACHE).layers for n, t in layer.state.items() if "inner" in n]
     assert floats
     assert {tensor.dtype for tensor in floats} == {torch.float32}
     whole = AutoModelForCausalLM.from_pretrained(tmp_path)(text(1, 9)).logits

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from cache_name import CACHE
 from nestlearn.memory.adaptation import FastWeight, LearningRule, advance_levels, update_level
 from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.models.in_context import LevelMemory, Reading, read
@@ -105,8 +106,8 @@ class Oracle:
                     logits, state = self.model(fed[None], state)
                     state = {name: tensor.detach() for name, tensor in state.items()}
                 else:
-                    out = self.model(input_ids=fed[None], past_key_values=state, use_cache=True)
-                    logits, state = out.logits, out.past_key_values
+                    out = self.model(input_ids=fed[None], use_cache=True, **{CACHE: state})
+                    logits, state = out.logits, getattr(out, CACHE)
                     for layer in state.layers:
                         layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
                 for hook in hooks:
@@ -398,7 +399,7 @@ def test_a_base_whose_context_cannot_be_carried_on_is_refused() -> None:
 
     def without_cache(*given: Any, **more: Any) -> Any:
         out = forward(*given, **more)
-        out.past_key_values = None
+        setattr(out, CACHE, None)
         return out
 
     model.base.forward = without_cache  # type: ignore[method-assign]

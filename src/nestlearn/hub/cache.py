@@ -87,7 +87,7 @@ def cache_to_state(cache: Cache | None) -> State | None:
         return None
     if not isinstance(cache, HopeCache):
         raise ValueError(
-            f"past_key_values: expected a HopeCache, got {type(cache).__name__}; Hope keeps memories, not keys and "
+            f"cache: expected a HopeCache, got {type(cache).__name__}; Hope keeps memories, not keys and "
             f"values. Leave it out, or begin with an empty HopeCache()"
         )
     if not cache.layers:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from nestlearn.models.cache_names import NAMES
 from nestlearn.models.config import HopeConfig as Architecture
 
 SETTINGS = tuple(field.name for field in fields(Architecture))
@@ -27,7 +28,7 @@ class HopeConfig(PreTrainedConfig):
     """
 
     model_type = "hope"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers adds lists to it)
+    keys_to_ignore_at_inference = list(NAMES)  # noqa: RUF012  (transformers adds lists to it)
     attribute_map = {  # noqa: RUF012  (transformers asks for a plain class attribute)
         "hidden_size": "dim",
         "num_hidden_layers": "depth",

@@ -73,7 +73,7 @@ class HopeHarness(HFLM):
             piece = tokens[start : start + self.window + 1]
             if not self.carry:
                 cache = HopeCache()
-            logits = self.model(piece[None, :-1], past_key_values=cache, use_cache=True).logits[0]
+            logits = self.model(piece[None, :-1], cache=cache, use_cache=True).logits[0]
             likelihood -= float(F.cross_entropy(logits.float(), piece[1:], reduction="sum"))
         return likelihood
 

@@ -14,7 +14,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nestlearn.hub.cache import HopeCache, cache_to_state, state_to_cache
 from nestlearn.hub.configuration import HopeConfig
+from nestlearn.models.cache_names import NAMES, cache_name, one_cache
 from nestlearn.models.hope import HopeLM, State
+
+# What the installed transformers calls a cache.
+_CACHE = cache_name(CausalLMOutputWithPast)
 
 # What the loss of transformers may be told.
 _FOR_THE_LOSS = ("num_items_in_batch", "shift_labels")
@@ -62,12 +66,13 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         document_starts: Tensor | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Reads tokens and predicts the next ones.
@@ -75,21 +80,24 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, T) or (B, tokens read before + T), 0 at padding, on either side or in between.
-            past_key_values: a `HopeCache` to go on from; it is changed, unless `use_cache` is off.
+            cache: a `HopeCache` to go on from; it is changed, unless `use_cache` is off.
             labels: (B, T), the tokens themselves, -100 where none is to be predicted.
             use_cache: whether to return a cache; by default as the configuration says, but not in training.
             logits_to_keep: logits of the last so many places alone, or of these places; 0 for all.
             document_starts: (B, T) bool, tokens before which a row's state is reset; `position_ids` that return to 0
                 say the same.
             return_dict: False for a tuple.
+            past_key_values: another name of `cache`, the only one before transformers 5.24.
             **others: for the loss, such as `num_items_in_batch`.
 
         Returns:
-            `loss` (None without labels), `logits` (B, T or fewer, V) and `past_key_values`.
+            `loss` (None without labels), `logits` (B, T or fewer, V), and the cache under the name that the installed
+            transformers has for it: `cache`, or `past_key_values` before 5.24.
 
         Raises:
             ValueError: if shapes do not fit, or for what this model cannot give.
         """
+        cache = one_cache(cache, past_key_values)
         positions = others.pop("position_ids", None)
         for_the_loss = _checked(others)
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
@@ -98,10 +106,10 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
                 f"continues a text and cannot begin one"
             )
         if document_starts is None:
-            document_starts = _returns_to_zero(input_ids, positions, past_key_values)
+            document_starts = _returns_to_zero(input_ids, positions, cache)
         keeps = use_cache if use_cache is not None else self.config.use_cache and not self.training
         padding = _padding(input_ids, attention_mask)
-        state = cache_to_state(past_key_values)
+        state = cache_to_state(cache)
         # The step for one token may write into the state that it is given.
         alone = input_ids.shape[1] == 1 and padding is None and document_starts is None
         if alone and (keeps or state is None) and not torch.is_grad_enabled():
@@ -118,12 +126,12 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
                     before_first = F.pad(padding.first[:, 1:], (0, 1))
                     for_the_loss["shift_labels"] = for_the_loss["shift_labels"].masked_fill(before_first, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **for_the_loss)
-        cache = None
+        after = None
         if keeps:
-            read = input_ids.shape[1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
-            known = past_key_values if isinstance(past_key_values, HopeCache) else None
-            cache = state_to_cache(state, read, known)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+            read = input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+            known = cache if isinstance(cache, HopeCache) else None
+            after = state_to_cache(state, read, known)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: after})
         return output.to_tuple() if return_dict is False else output
 
     def _read(
@@ -146,6 +154,18 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             features = features.gather(1, padding.place[..., None].expand(-1, -1, features.shape[-1]))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return self.lm.head(features[:, kept]), state
+
+    def generate(self, *args: Any, **settings: Any) -> Any:
+        """As `GenerationMixin.generate`, with the cache under either name.
+
+        By itself it knows only the installed version's, and would read a text a second time that a cache under the
+        other one holds.
+
+        Raises:
+            ValueError: for two caches.
+        """
+        cache = one_cache(*(settings.pop(name, None) for name in NAMES))
+        return super().generate(*args, **settings, **({} if cache is None else {_CACHE: cache}))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **settings: Any) -> Any:
@@ -260,7 +280,8 @@ def _checked(others: dict[str, Any]) -> dict[str, Any]:
     for name in ("output_attentions", "output_hidden_states"):
         if others.pop(name, None):
             raise ValueError(f"{name}: Hope records none; look into it with nestlearn.inspect instead")
-    for name in _NOT_TAKEN:
-        if others.get(name) is not None:
+    for name, given in others.items():
+        # A cache under yet another name would be left out too, and the text before it forgotten.
+        if given is not None and (name in _NOT_TAKEN or isinstance(given, Cache)):
             raise ValueError(f"HopeForCausalLM takes no {name}; see its forward for what it takes")
     return {name: others[name] for name in _FOR_THE_LOSS if name in others}

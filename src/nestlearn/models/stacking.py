@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nestlearn.memory.adaptation import FastWeight, LearningRule, read_change
 from nestlearn.memory.continuum import GatedLevel, MLPLevel, check_periods
+from nestlearn.models.cache_names import cache_in, cache_name
 from nestlearn.models.hope import HopeLM
 
 Strategy = Literal["last_quarter", "whole_depth", "interleaved"]
@@ -145,9 +146,9 @@ class StackedModel(nn.Module):
             if isinstance(self.base, HopeLM):
                 logits, state = self.base(tokens, None if context is None else context.state)
             else:
-                cache = None if context is None else context.state
-                out = self.base(input_ids=tokens, past_key_values=cache, use_cache=True)
-                logits, state = out.logits, out.past_key_values
+                before = {} if context is None else {cache_name(self.base.forward): context.state}
+                out = self.base(input_ids=tokens, use_cache=True, **before)
+                logits, state = out.logits, cache_in(out)
         return logits, Context((0 if context is None else context.tokens) + tokens.shape[1], state)
 
     @contextlib.contextmanager
