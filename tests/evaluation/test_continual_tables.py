@@ -172,7 +172,8 @@ def test_measures_and_the_choice_of_the_second_reading() -> None:
     assert score(record(2.0, 1.5)) < score(record(3.5, 1.0))  # what gains nothing is last
 
 
-def test_what_is_read_twice_is_not_what_a_choice_was_made_on() -> None:
+def test_what_is_read_twice_is_not_what_a_choice_was_made_on(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NESTLEARN_DATA", str(data_dir))
     tokenizer = load_tokenizer("bytes")
     job = {"domains": ["kalamang", "clinc"], "home": "novels", "training": 2000, "tests": 500}
     sides = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ from transformers import (
 from cache_name import CACHE
 from nestlearn.memory.adaptation import FastWeight, LearningRule, advance_levels, update_level
 from nestlearn.models import HopeConfig, HopeLM
-from nestlearn.models.in_context import LevelMemory, Reading, read
-from nestlearn.models.stacking import StackedModel, find_mlps, stack_levels
+from nestlearn.models.in_context import LevelMemory, Reading, _detached, read
+from nestlearn.models.stacking import Context, StackedModel, find_mlps, stack_levels
 
 SIZES = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
          "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}  # fmt: skip
@@ -425,3 +426,13 @@ def test_a_full_context_begins_anew_with_its_last_half(name: str, window: int) -
     assert begin > 0
     found = read(model, tokens, LevelMemory({}, 1, 0), RULES[0], window=window, learn=False)
     assert float(found.nats) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_cache_may_have_layers_that_keep_nothing() -> None:
+    keys = torch.ones(1, 1, 2, 3, requires_grad=True) * 2
+    layers = [SimpleNamespace(keys=None, values=None), SimpleNamespace(keys=keys, values=keys)]
+    found = _detached(Context(2, SimpleNamespace(layers=layers)))
+    assert found.state.layers[0].keys is None
+    assert not found.state.layers[1].keys.requires_grad
+    with pytest.raises(ValueError, match="only caches of keys and values can be carried on"):
+        _detached(Context(2, SimpleNamespace(layers=[SimpleNamespace(states=keys)])))

@@ -237,11 +237,13 @@ def _detached(context: Context) -> Context:
     if isinstance(context.state, dict):
         return context._replace(state={name: tensor.detach() for name, tensor in context.state.items()})
     layers = getattr(context.state, "layers", None)  # a cache of Hugging Face, which is this context's own
+    # A layer that keeps nothing of its own has the names, and None behind them.
     if layers is None or not all(hasattr(layer, "keys") and hasattr(layer, "values") for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers or [context.state]}))
         raise ValueError(f"the base keeps its context in {kinds}; only caches of keys and values can be carried on")
     for layer in layers:
-        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        if layer.keys is not None:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
     return context
 
 
