@@ -107,10 +107,10 @@ def _learning(records: Sequence[Record], measured: Mapping[str, Any], length: in
     }
     if not chosen:
         return ""
-    rules = sorted({f"{rule['rule']} {rule['lr']:g}" for rule in chosen.values()})
+    rules = sorted({f"{r['rule']} {r['lr']:g} every {r['period']:,} bytes" for r in chosen.values()})
     return (
-        f' Where "levels learn", all MLP blocks learn from each {length:,} bytes when they are read, in every window '
-        "from the trained weights on (Eq. 71, the summed gradient, unclipped); a Transformer has a context of "
+        ' Where "levels learn", all MLP blocks learn from each period of bytes once it is read, in every window '
+        "from the trained weights on (Eq. 71, the summed gradient, clipped to norm 1); a Transformer has a context of "
         f"{2 * length:,} bytes there. Of some rules each run takes the best, tried on novels of the training side: "
         f"{', '.join(rules)}. What they gain is over the same model at rest with a context that begins anew."
     )

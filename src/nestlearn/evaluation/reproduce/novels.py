@@ -38,8 +38,8 @@ from nestlearn.training.data import PackedTokens, Tokenizer, read_documents, tok
 TEXT, HELD_OUT = "eltec_eng/train.jsonl.gz", "eltec_eng/valid.jsonl.gz"
 LEARNS = "context use while learning"
 LEARNING: tuple[Mapping[str, Any], ...] = (
-    *({"rule": "momentum", "lr": lr, "clip": None} for lr in (2e-6, 5e-6)),
-    *({"rule": "gd", "lr": lr, "clip": None} for lr in (2e-5, 5e-5, 1e-4)),
+    *({"period": period, "rule": "gd", "lr": lr} for period in (128, 512) for lr in (0.1, 0.2, 0.4)),
+    {"period": 128, "rule": "dgd", "lr": 0.3},
 )
 
 
@@ -56,7 +56,7 @@ class NovelsPlan:
         max_bytes: of the training text; 0 for all of it.
         measure: what the measures need: "window" and "window_tokens" of context use, and where levels learn meanwhile
             "choosing_tokens" of a text of "choosing_bytes"; "questions" of each set.
-        learning: settings of `LearningRule` that are tried where levels learn.
+        learning: what is tried where levels learn: a period in tokens, and settings of `LearningRule`.
     """
 
     size: Mapping[str, Any]
@@ -267,9 +267,10 @@ def _context_use(model: nn.Module, tokenizer: Tokenizer, job: Job) -> Any:
 def _context_use_while_learning(model: nn.Module, tokenizer: Tokenizer, job: Job) -> Any:
     """The best of some rules, tried on novels of the training side, and what it finds in the others."""
     length = job["sequence_length"]
-    stacked = stack_levels(model, (length,), strategy="whole_depth", notice=None)
 
-    def measure(documents: Any, rule: Mapping[str, Any], tokens: int) -> list[dict[str, Any]]:
+    def measure(documents: Any, settings: Mapping[str, Any], tokens: int) -> list[dict[str, Any]]:
+        period, rule = settings["period"], {name: value for name, value in settings.items() if name != "period"}
+        stacked = stack_levels(model, (period,), strategy="whole_depth", notice=None)
         found = loss_by_position(
             model,
             PackedTokens(documents, sequence_length=job["window"]),
@@ -292,8 +293,8 @@ def _context_use_while_learning(model: nn.Module, tokenizer: Tokenizer, job: Job
 
 
 def while_learning(name: str) -> str:
-    """What a model is called whose levels learn while it is measured: all its MLP blocks, every `sequence_length`
-    tokens (Eq. 71), in each window from the trained weights on."""
+    """What a model is called whose levels learn while it is measured: all its MLP blocks (Eq. 71), in each window from
+    the trained weights on."""
     return f"{name}, levels learn"
 
 
