@@ -22,6 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"inner_rule": "delta", "read": "previous", "momentum": True},
     {"momentum": True, "retain_to": "zero", "projection_chunk_size": 2},
     {"read": "chunk", "projection_chunk_size": 8, "residual_memory": True},
+    {"empty_memory": True, "slowest_gate": 0.001, "negative_eigenvalues": True},
     {"negative_eigenvalues": True, "adaptive_query": True, "gate_hidden_ratio": 1.0},
     {"static_projections": ("key", "retention"), "momentum": True},
     {"adaptive_query": True, "momentum": True, "retention": False, "write_bound": None, "memory_hidden": 17},

@@ -32,6 +32,7 @@ OPTIONS: dict[str, list[Any]] = {
     "adaptive_query": [True],
     "static_projections": [("key",), ("value", "rate")],
     "residual_memory": [True],
+    "empty_memory": [True],
     "write_bound": [None, 4.0],
     "projection_chunk_size": [2, 8],
     "memory_hidden": [6, 17],

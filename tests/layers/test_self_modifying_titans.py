@@ -233,6 +233,7 @@ def test_a_small_bound_clips_both_maps() -> None:
         {"conv_width": 2, "adaptive_query": True},
         {"initial_gate": 0.05, "retain_to": "zero"},
         {"slowest_gate": 0.001, "negative_eigenvalues": True},
+        {"slowest_gate": 0.001, "empty_memory": True},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -357,6 +358,31 @@ def test_write_gates_start_as_a_geometric_series_over_the_heads(kind: type[SelfM
     assert torch.equal(kind(16, 4, initial_gate=0.5).gate_bias, kind(16, 4).gate_bias)
     one = kind(4, 1, initial_gate=0.5, slowest_gate=0.0005)
     assert (LARGEST_GATE * one.gate_bias.sigmoid()).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_an_empty_memory_is_read_as_what_the_context_wrote(backend: str) -> None:
+    """Training leaves its W1 at zero, and only ratios of what slow heads read leave the layer."""
+    layers = []
+    for gate in (0.2, 0.2e-3):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(
+            8, 2, empty_memory=True, initial_gate=gate, slowest_gate=gate / 1000, chunk_size=4, backend=backend
+        )
+        layer = layer.double()
+        layers.append(layer)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+        for _ in range(3):
+            layer(torch.randn(2, 9, 8, dtype=torch.float64))[0].square().sum().backward()
+            optimizer.step()
+        assert layer.memory.outer[:, -1].abs().max() == 0
+        assert layer.memory.outer[:, 0].abs().max() > 0
+        assert layer.readout.norm.eps == pytest.approx(1e-12)
+    taught = SelfModifyingTitans(8, 2, chunk_size=4, backend=backend).double()
+    taught(torch.randn(2, 9, 8, dtype=torch.float64))[0].sum().backward()
+    assert taught.memory.outer.grad is not None
+    assert taught.memory.outer.grad[:, -1].abs().max() > 0
+    assert taught.readout.norm.eps == 1e-6
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -91,6 +91,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"project_queries": False},
     {"global_stride": 3},
     {"global_stride": 2, "momentum": True, "residual_memory": True},
+    {"empty_memory": True, "slowest_gate": 0.001},
     {"global_stride": 6, "inner_rule": "gd", "retain_to": "zero"},
     {"global_stride": 3, "adaptive_query": True, "backend": "torch"},
     {"static_projections": ("key", "value"), "momentum": True},

@@ -239,6 +239,11 @@ def spread_gates(heads: int, first: float, last: float | None, largest: float) -
     return torch.logit((gates / largest).clamp(max=1 - 1e-4)).to(torch.get_default_dtype())
 
 
+def slowest_part(first: float, last: float | None) -> float:
+    """What the slowest head writes, as a part of what the fastest does."""
+    return 1.0 if last is None else min(last / first, 1.0)
+
+
 def check_scales(write_scale: float | None, projection_write_scale: float | None) -> None:
     """Refuses fractions that are not positive.
 

@@ -248,7 +248,7 @@ def write_token(
 def readout(layer: SelfModifyingTitans, outputs: list[Tensor], x: Tensor) -> Tensor:
     """RMSNorm of each head, a gate from the layer's input, back to the model's width: T of (B, H, K) -> (B, T, D)."""
     o = torch.stack(outputs, dim=1) if outputs else x.new_zeros(*x.shape[:2], layer.heads, x.shape[2] // layer.heads)
-    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * layer.readout.norm.weight
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + layer.readout.norm.eps) * layer.readout.norm.weight
     return (o.flatten(2) * F.silu(x @ layer.readout.gate.weight.T)) @ layer.readout.output.weight.T
 
 

@@ -25,6 +25,7 @@ from nestlearn.layers.chunked_memory import (
     decode_main,
     gate_hidden,
     read_main,
+    slowest_part,
     spread_gates,
     spread_retention,
     token_gates,
@@ -95,6 +96,8 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         static_projections: which of "key", "value", "rate" and "retention" are never written: slow weights, as in an
             ablation of Table 6.
         residual_memory: gives the main memory the residual of Eq. 89 too.
+        empty_memory: keeps the initial W1 of the main memory at zero, so that what is read was written in the context:
+            a sum of writes, whatever its size, which the norm behind makes a ratio (decision 43).
         write_scale: the fraction of its error that the main memory writes, under "gd" of the chunk's mean error; None
             for what keeps the inner rule stable (`nestlearn.memory.mlp.STABLE_SCALES`).
         projection_write_scale: the same for the other memories.
@@ -133,6 +136,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         adaptive_query: bool = False,
         static_projections: Sequence[Projection] = (),
         residual_memory: bool = False,
+        empty_memory: bool = False,
         write_scale: float | None = None,
         projection_write_scale: float | None = None,
         write_bound: float | None = 4.0,
@@ -158,8 +162,9 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
                 hidden=hidden,
                 narrow=(2, 4),
                 narrow_hidden=gate_hidden(hidden, gate_hidden_ratio),
+                empty=empty_memory,
             ),
-            readout=GatedReadout(dim, heads, head_dim),
+            readout=GatedReadout(dim, heads, head_dim, smallest=slowest_part(initial_gate, slowest_gate)),
             inner_rule=inner_rule,
             momentum=momentum,
             read=read,

@@ -283,7 +283,7 @@ class LocalMemory(ChunkedMemory):
         hidden, width = like.memory.hidden[-1], like.memory.inner.shape[-1]
         super().__init__(
             heads=like.heads,
-            memory=MLPMemory(like.heads, width, hidden=hidden),
+            memory=MLPMemory(like.heads, width, hidden=hidden, empty=like.memory.empty),
             inner_rule=like.inner_rule,
             momentum=like.momentum,
             read=read,

@@ -104,7 +104,7 @@ class Local:
 
     def __init__(self, module: LocalMemory, batch: int, state: State) -> None:
         self.module = module
-        initial = Memory(*(w[:, 0].expand(batch, -1, -1, -1) for w in (module.memory.inner, module.memory.outer)))
+        initial = Memory(*(w[:, 0].expand(batch, -1, -1, -1) for w in module.memory.initial))
         nothing = Memory(torch.zeros_like(initial.inner), torch.zeros_like(initial.outer))
         # (11) What no write changes, and what a shard starts from.
         self.fixed, self.start = (initial, nothing) if module.retain_to == "initial" else (nothing, initial)

@@ -79,6 +79,8 @@ class MLPMemory(nn.Module):
         hidden: width of the hidden layer; None for `dim`.
         narrow: (first, stop), which memories are narrow.
         narrow_hidden: width of their hidden layer, at most `hidden`; None for `hidden`.
+        empty: keeps W1 of the last memory where it starts, at zero, so that what is read there was written in the
+            context. No gradient reaches it.
 
     Attributes:
         hidden: width of each memory's hidden layer, M numbers.
@@ -99,8 +101,10 @@ class MLPMemory(nn.Module):
         hidden: int | None = None,
         narrow: tuple[int, int] = (0, 0),
         narrow_hidden: int | None = None,
+        empty: bool = False,
     ) -> None:
         super().__init__()
+        self.empty = empty
         if not 0 <= narrow[0] <= narrow[1] < max(memories, 1):
             raise ValueError(f"narrow: expected (first, stop) below the last of {memories} memories, got {narrow}")
         hidden = dim if hidden is None else hidden
@@ -122,10 +126,12 @@ class MLPMemory(nn.Module):
     def maps(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """inner, outer, narrow_inner and narrow_outer, at least fp32."""
         dtype = torch.promote_types(self.inner.dtype, torch.float32)
+        inner, outer = self.inner.to(dtype), self.outer.to(dtype)
+        if self.empty:
+            outer = torch.cat([outer[:, :-1], outer[:, -1:].detach()], dim=1)
         if self.narrow_inner is None or self.narrow_outer is None:
-            return self.inner.to(dtype), self.outer.to(dtype), None, None
-        apart = self.narrow_inner.to(dtype), self.narrow_outer.to(dtype)
-        return self.inner.to(dtype), self.outer.to(dtype), *apart
+            return inner, outer, None, None
+        return inner, outer, self.narrow_inner.to(dtype), self.narrow_outer.to(dtype)
 
     @property
     def initial(self) -> MLPWeights:

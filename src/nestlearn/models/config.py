@@ -79,10 +79,10 @@ class HopeConfig:
         global_chunk_size, local_chunk_sizes, shard_length, global_stride, project_queries: of the mixer "tnt", in place
             of the two above; see `nestlearn.layers.TNT`.
         inner_rule, momentum, read, retain_to, retention, negative_eigenvalues, adaptive_query, static_projections,
-        residual_memory, write_scale, projection_write_scale, write_bound, memory_hidden, gate_hidden_ratio,
-        initial_gate, slowest_gate, detach_every, backend: see `nestlearn.layers.SelfModifyingTitans`; TNT takes them
-            all, Titans read, retain_to, write_bound, memory_hidden, initial_gate, slowest_gate, detach_every and
-            backend.
+        residual_memory, empty_memory, write_scale, projection_write_scale, write_bound, memory_hidden,
+        gate_hidden_ratio, initial_gate, slowest_gate, detach_every, backend: see
+            `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans read, retain_to, write_bound,
+            memory_hidden, initial_gate, slowest_gate, detach_every and backend.
 
     Raises:
         ValueError: saying what was expected, what came, and how to mend it.
@@ -116,6 +116,7 @@ class HopeConfig:
     adaptive_query: bool = False
     static_projections: tuple[Projection, ...] = ()
     residual_memory: bool = False
+    empty_memory: bool = False
     write_scale: float | None = None
     projection_write_scale: float | None = None
     write_bound: float | None = 4.0

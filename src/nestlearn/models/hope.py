@@ -49,6 +49,7 @@ OF_MEMORIES = (
     "adaptive_query",
     "static_projections",
     "residual_memory",
+    "empty_memory",
     "write_scale",
     "projection_write_scale",
     "gate_hidden_ratio",
