@@ -6,6 +6,11 @@ from nestlearn.evaluation.reproduce.table import Column, Plan, Scale, Table
 from nestlearn.evaluation.tasks.formal_languages import BINS, LANGUAGES
 
 
+# To count modulo two takes an eigenvalue of -1, to count without bound a head whose writes add up (decision 43); with
+# longer chunks a model learns where in its chunk a count ended, which says nothing about longer strings.
+HOPE = {"negative_eigenvalues": True, "slowest_gate": 3e-4, "empty_memory": True, "chunk_size": 1}
+
+
 def plan(scale: Scale) -> Plan:
     """Lengths and bins are those of the paper at every scale."""
     columns = {
@@ -15,7 +20,7 @@ def plan(scale: Scale) -> Plan:
         )
         for language in LANGUAGES
     }
-    runs = {"steps": 3000, "batch_size": 32, "warmup": 30, "weight_decay": 0.0, "every": 50, "settled": 10}
+    runs = {"steps": 1200, "batch_size": 32, "warmup": 30, "weight_decay": 0.0, "every": 50, "settled": 5}
     runs |= {"test_sequences": 512, "test_batch": 64}
     size = {"dim": 64, "depth": 2, "heads": 2, "cms_periods": [1], "cms_expansion": 2.0, "chunk_size": 16}
     if scale == "smoke":
@@ -24,9 +29,10 @@ def plan(scale: Scale) -> Plan:
         return Plan(columns=few, size={**size, "dim": 16}, rates=(3e-3,), runs={**runs, **small}, seeds=1)
     if scale == "small":
         single = dict.fromkeys(("transformer", "linear_attention", "delta_net", "lstm"), 1)
-        return Plan(columns=columns, size=size, rates=(1e-3, 3e-3), runs=runs, seeds=3, seeds_of=single)
+        return Plan(columns=columns, size=size, rates=(3e-3,), runs=runs, seeds=3, seeds_of=single)
     size |= {"dim": 128, "heads": 4}
-    return Plan(columns=columns, size=size, rates=(1e-3, 3e-3), runs={**runs, "steps": 20000}, seeds=3)
+    runs |= {"steps": 20000, "settled": 20}
+    return Plan(columns=columns, size=size, rates=(1e-3, 3e-3), runs=runs, seeds=3)
 
 
 def _strings(language: str, shortest: int, longest: int) -> dict[str, object]:
@@ -40,7 +46,7 @@ def _paper(**rows: str) -> dict[str, dict[str, str]]:
 TABLE = Table(
     title="Formal languages (Table 5)",
     models=("hope", "transformer", "linear_attention", "delta_net", "lstm"),
-    settings={"hope": {"negative_eigenvalues": True}},
+    settings={"hope": HOPE},
     score="exact",
     plan=plan,
     paper=_paper(
@@ -53,7 +59,7 @@ TABLE = Table(
     note=(
         "Trained on strings of 1 to 50 symbols, fresh in every step. Bin 0 has such strings, bin 1 strings of 51 to "
         "100 symbols. A string counts where after every symbol the set of symbols that may come next is right. Bin 1 "
-        "has no part in what ends a run or chooses a learning rate. Hope alone has the option of negative eigenvalues "
-        "here."
+        "has no part in what ends a run or chooses a learning rate. Hope alone has options of its own here; those of "
+        "one row are the same for all languages."
     ),
 )
