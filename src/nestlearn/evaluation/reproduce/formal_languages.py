@@ -5,7 +5,6 @@ from __future__ import annotations
 from nestlearn.evaluation.reproduce.table import Column, Plan, Scale, Table
 from nestlearn.evaluation.tasks.formal_languages import BINS, LANGUAGES
 
-
 # To count modulo two takes an eigenvalue of -1, to count without bound a head whose writes add up (decision 43); with
 # longer chunks a model learns where in its chunk a count ended, which says nothing about longer strings.
 HOPE = {"negative_eigenvalues": True, "slowest_gate": 3e-4, "empty_memory": True, "chunk_size": 1}
