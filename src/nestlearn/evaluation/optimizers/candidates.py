@@ -56,7 +56,7 @@ class Candidate:
     """
 
     build: Build
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 def adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
@@ -124,10 +124,10 @@ CANDIDATES: Mapping[str, Candidate] = {
     "m3": Candidate(build=m3()),
     "m3 without slow": Candidate(build=m3(alpha=0.0)),
     "m3 paper": Candidate(build=m3(form="paper"), rates=(1e-4, 3e-4, 1e-3, 3e-3)),
-    "sgd": Candidate(build=sgd, rates=(0.003, 0.01, 0.03, 0.1, 0.3)),
-    "dgd": Candidate(build=dgd(momentum=MOMENTUM), rates=(0.0003, 0.001, 0.003, 0.01, 0.03)),
-    "dgd delta": Candidate(build=dgd(rule="delta", momentum=MOMENTUM), rates=(0.003, 0.01, 0.03, 0.1, 0.3)),
-    "dgd no momentum": Candidate(build=dgd(), rates=(0.001, 0.003, 0.01, 0.03, 0.1)),
+    "sgd": Candidate(build=sgd, rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)),
+    "dgd": Candidate(build=dgd(momentum=MOMENTUM), rates=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)),
+    "dgd delta": Candidate(build=dgd(rule="delta", momentum=MOMENTUM), rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)),
+    "dgd no momentum": Candidate(build=dgd(), rates=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)),
 }
 
 

@@ -26,6 +26,7 @@ from nestlearn.evaluation.report import finite_or_none, markdown_table, mean_and
 from nestlearn.io import atomic_path
 
 REFERENCE = "adamw"
+OTHER_REFERENCE = "muon"  # whose final loss is a second mark to reach
 SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "smoke": {
         "digits": {"dim": 16, "depth": 1, "heads": 2, "batch_size": 4, "steps": 4, "every": 2},
@@ -118,15 +119,19 @@ def table(records: Sequence[Record], tuning: Sequence[Record]) -> str:
     """A line an optimizer: its rate, its final loss, and when it reached the reference's."""
     names = list(dict.fromkeys(record["job"]["optimizer"] for record in records))
     by_name = {name: [r for r in records if r["job"]["optimizer"] == name] for name in names}
-    goals = {r["job"]["seed"]: final_loss(r) for r in by_name.get(REFERENCE, [])}
+    goals, others = (
+        {r["job"]["seed"]: final_loss(r) for r in by_name.get(reference, [])}
+        for reference in (REFERENCE, OTHER_REFERENCE)
+    )
     rows = []
     for name, runs in by_name.items():
         whole = [r for r in runs if math.isfinite(final_loss(r))]
         lost = len(runs) - len(whole)
         final = with_error([final_loss(r) for r in whole]) if whole else ""
-        pairs = [(r, goals[r["job"]["seed"]]) for r in whole if math.isfinite(goals.get(r["job"]["seed"], math.inf))]
+        pairs = _with_goals(whole, goals)
         whens = [reached(r, goal) for r, goal in pairs]
         met = [when for when in whens if when is not None]
+        second = [reached(r, goal) for r, goal in _with_goals(whole, others)]
         steps = sum(r["curve"][-1]["step"] for r in whole)
         seconds = sum(r["curve"][-1]["seconds"] for r in whole)
         rows.append(
@@ -140,13 +145,20 @@ def table(records: Sequence[Record], tuning: Sequence[Record]) -> str:
                 else None,
                 _mean([when[0] for when in met], len(whens), ".0f"),
                 _mean([when[1] for when in met], len(whens), ".1f"),
+                _mean([when[0] for when in second if when is not None], len(second), ".0f"),
                 f"{1000 * seconds / steps:.0f}" if steps else None,
             ]
         )
     unit = records[0]["unit"]
     header = ["optimizer", "learning rate", "seeds", f"held-out loss ({unit})", f"paired difference to {REFERENCE}",
-              f"steps to {REFERENCE}'s loss", "processor seconds to it", "ms a step"]  # fmt: skip
+              f"steps to {REFERENCE}'s loss", "processor seconds to it", f"steps to {OTHER_REFERENCE}'s loss",
+              "ms a step"]  # fmt: skip
     return markdown_table(header, rows)
+
+
+def _with_goals(runs: Sequence[Record], goals: Mapping[int, float]) -> list[tuple[Record, float]]:
+    """Each run with the loss to reach, that of the reference with the same seed; without those that have none."""
+    return [(r, goals[r["job"]["seed"]]) for r in runs if math.isfinite(goals.get(r["job"]["seed"], math.inf))]
 
 
 def _mean(values: Sequence[float], of: int, form: str) -> str | None:
