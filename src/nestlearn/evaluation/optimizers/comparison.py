@@ -195,7 +195,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     if ends:
         panels[0].set_ylim(0.95 * min(ends), min(2.5 * min(ends), 1.05 * max(max(ends), 1.5 * min(ends))))
     panels[0].set_ylabel(f"held-out loss ({records[0]['unit']})")
-    panels[1].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
