@@ -19,7 +19,7 @@ def plan(scale: Scale) -> Plan:
         )
         for language in LANGUAGES
     }
-    runs = {"steps": 1200, "batch_size": 32, "warmup": 30, "weight_decay": 0.0, "every": 50, "settled": 5}
+    runs = {"steps": 800, "batch_size": 32, "warmup": 30, "weight_decay": 0.0, "every": 50, "settled": 16}
     runs |= {"test_sequences": 512, "test_batch": 64}
     size = {"dim": 64, "depth": 2, "heads": 2, "cms_periods": [1], "cms_expansion": 2.0, "chunk_size": 16}
     if scale == "smoke":
@@ -30,7 +30,7 @@ def plan(scale: Scale) -> Plan:
         single = dict.fromkeys(("transformer", "linear_attention", "delta_net", "lstm"), 1)
         return Plan(columns=columns, size=size, rates=(3e-3,), runs=runs, seeds=3, seeds_of=single)
     size |= {"dim": 128, "heads": 4}
-    runs |= {"steps": 20000, "settled": 20}
+    runs |= {"steps": 20000, "settled": 100}
     return Plan(columns=columns, size=size, rates=(1e-3, 3e-3), runs=runs, seeds=3)
 
 
