@@ -74,8 +74,8 @@ def plot(records: Sequence[Record], measured: Mapping[str, Any], path: Path) -> 
         panel.set_ylabel(title)
         panel.grid(alpha=0.25)
     # What fails to reach further than its training would squash all others.
-    best = min(min(_mean(values) for values in _over(runs, "bits")) for runs in by_model.values())
-    panels[0].set_ylim(best - 0.05, best + 0.6)
+    bits = [_mean(values) for runs in by_model.values() for values in _over(runs, "bits")]
+    panels[0].set_ylim(min(bits) - 0.05, min(min(bits) + 0.6, max(bits) + 0.05))
     low = min(_mean(values) for name, runs in by_model.items() for values in _over(runs, "gain"))
     panels[1].set_ylim(max(low, -0.05) - 0.01, None)
     panels[0].legend(frameon=False, fontsize=8)
