@@ -13,7 +13,7 @@ from nestlearn.evaluation.context_use import learning_reader, loss_by_position
 from nestlearn.memory.adaptation import LearningRule
 from nestlearn.models import HopeConfig, HopeLM
 from nestlearn.models.stacking import StackedModel, stack_levels
-from nestlearn.training.data import PackedTokens
+from nestlearn.training.data import IGNORED, PackedTokens
 from nestlearn.training.tokenizers import load_tokenizer
 
 TOKENS = 256
@@ -109,3 +109,12 @@ def test_levels_learn_from_the_windows_that_they_read_each_from_the_beginning() 
     at_rest = learning_reader(model, [LearningRule(lr=0.0)] * 2, window=64)(tokens, targets)
     assert torch.allclose(bits[:, :7], at_rest[:, :7], atol=1e-5)  # nothing is learnt before the first period is full
     assert bits[:, 16:].mean() < at_rest[:, 16:].mean() - 0.01
+    windows = loss_by_position(model.base, text, fresh_every=8, max_tokens=10**6, batch_size=16, reader=reader)
+    assert windows[-1].bits == pytest.approx(reader(*_whole(text))[:, 16:].mean().item(), abs=1e-5)
+
+
+def _whole(text: PackedTokens) -> tuple[Tensor, Tensor]:
+    """The windows in which no document ends."""
+    (batch,) = text.evaluation_batches(16)
+    inside = ~(batch.document_starts[:, 1:].any(1) | (batch.targets == IGNORED).any(1))
+    return batch.tokens[inside], batch.targets[inside]

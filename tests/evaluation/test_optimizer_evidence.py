@@ -86,6 +86,12 @@ def test_a_run_that_diverges_is_a_result() -> None:
     bad = {**good, "diverged": 15, "job": {"optimizer": "m3", "lr": 0.1, "seed": 0}}
     assert comparison.best_rates([bad, good]) == {"adamw": 0.1, "m3": 0.1}
     assert "1 diverged" in comparison.table([good, bad], [])
+    muon = {**good, "job": {"optimizer": "muon", "lr": 0.1, "seed": 0}, "curve": [curve[0], {**curve[1], "loss": 1.5}]}
+    other = {**good, "job": {"optimizer": "adamw", "lr": 0.1, "seed": 1}}  # without a partner
+    row = next(line for line in comparison.table([good, other, muon], []).splitlines() if line.startswith("| adamw"))
+    assert [cell.strip() for cell in row.split("|")][8] == "15"  # half-way from 2 to 1
+    lost = comparison.table([good, {**muon, "diverged": 3}], []).splitlines()
+    assert next(line for line in lost if line.startswith("| adamw")).split("|")[8].strip() == "–"
     assert comparison.reached(good, 1.5) == (15.0, 2.0)
     assert comparison.reached(good, 2.5) == (10, 1.0)
     assert comparison.reached(good, 0.5) is None

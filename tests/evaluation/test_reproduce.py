@@ -294,9 +294,13 @@ def test_losses_that_are_not_finite_leave_a_page() -> None:
     assert "at most 0.0100" in page
     assert "levels learn" not in page
     learnt = [{**fine, "bits": 1.9}, {**fine, "begin": 512, "end": 1024, "bits": 1.8, "gain": 0.2}]
-    chosen = {"period": 128, "rule": "gd", "lr": 0.2}
-    learning = {"hope-0, levels learn": {"tried": [2.0, 1.9], "chosen": chosen, "stretches": learnt}}
+    tried: list[float | None] = [2.0, 1.9, *[None] * (len(plan.learning) - 2)]
+    learning = {"hope-0, levels learn": {"tried": tried, "chosen": plan.learning[1], "stretches": learnt}}
     page = context_use.page(records[:1], {**measured, **learning}, plan)
     assert "| hope, levels learn | 1     | 1.900 | 1.800     |" in page
-    assert "tried on novels of the training side: gd 0.2 every 128 bytes" in page
+    assert "| 2.0000 " in page
+    assert page.count("gd 0.2 every 128") == 2  # a column, and what was chosen
+    none = {"hope-0, levels learn": {"tried": [None] * len(plan.learning), "chosen": None, "stretches": None}}
+    page = context_use.page(records[:1], {**measured, **none}, plan)
+    assert "not finite: hope, levels learn" in page
     assert context_use.page(records[1:], {"titans-0": measured["titans-0"]}, plan) == "No model's loss was finite."

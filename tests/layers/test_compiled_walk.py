@@ -43,6 +43,7 @@ SINGLE: list[dict[str, Any]] = [{name: value} for name, values in OPTIONS.items(
 PAIRS = [a | b for a, b in itertools.combinations(SINGLE, 2) if a.keys() != b.keys()]
 # A memory that decays to zero cannot stay as it is.
 PAIRS = [p for p in PAIRS if not ("static_projections" in p and p.get("retain_to") == "zero")]
+PAIRS = [p for p in PAIRS if not {"empty_memory", "residual_memory"} <= p.keys()]
 
 
 def label(options: dict[str, Any]) -> str:

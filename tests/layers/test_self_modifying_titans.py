@@ -342,7 +342,11 @@ def test_detach_every_cuts_gradients_and_nothing_else() -> None:
         ({"write_bound": 0.0}, "write_bound: expected a norm"),
         ({"write_scale": 0.0}, "write_scale: expected a positive fraction"),
         ({"initial_gate": 1.0}, "initial_gate: expected a number between 0 and 1, got 1.0"),
+        ({"initial_gate": 0.0, "slowest_gate": 0.1}, "initial_gate: expected a number between 0 and 1, got 0.0"),
         ({"slowest_gate": 0.0}, "slowest_gate: expected a number between 0 and 1, got 0.0"),
+        ({"slowest_gate": "x"}, "slowest_gate: expected a number between 0 and 1, got 'x'"),
+        ({"slowest_gate": 0.6}, "slowest_gate: expected at most initial_gate, the first head's, 0.5; got 0.6"),
+        ({"empty_memory": True, "residual_memory": True}, "empty_memory: with residual_memory the query is read"),
         ({"detach_every": 0}, "detach_every: expected at least 1"),
     ],
 )
@@ -351,38 +355,49 @@ def test_a_wrong_setting_is_refused(settings: dict[str, Any], message: str) -> N
         SelfModifyingTitans(8, 2, **settings)
 
 
-@pytest.mark.parametrize("kind", [SelfModifyingTitans, Titans])
-def test_write_gates_start_as_a_geometric_series_over_the_heads(kind: type[SelfModifyingTitans] | type[Titans]) -> None:
-    layer = kind(16, 4, initial_gate=0.5, slowest_gate=0.0005)
-    assert (LARGEST_GATE * layer.gate_bias.sigmoid()).tolist() == pytest.approx([0.5, 0.05, 0.005, 0.0005], rel=1e-5)
-    assert torch.equal(kind(16, 4, initial_gate=0.5).gate_bias, kind(16, 4).gate_bias)
-    one = kind(4, 1, initial_gate=0.5, slowest_gate=0.0005)
-    assert (LARGEST_GATE * one.gate_bias.sigmoid()).item() == pytest.approx(0.5)
+def test_write_gates_start_as_a_geometric_series_over_the_heads() -> None:
+    layer = SelfModifyingTitans(16, 4, initial_gate=0.5, slowest_gate=0.0005)
+    gates = LARGEST_GATE * layer.gate_bias.double().sigmoid()
+    assert gates.tolist() == pytest.approx([0.5, 0.05, 0.005, 0.0005], rel=1e-5)
+    for kind in (SelfModifyingTitans, Titans):
+        equal = LARGEST_GATE * kind(16, 4, initial_gate=0.2).gate_bias.sigmoid()
+        assert equal.tolist() == pytest.approx([0.2] * 4)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_an_empty_memory_is_read_as_what_the_context_wrote(backend: str) -> None:
-    """Training leaves its W1 at zero, and only ratios of what slow heads read leave the layer."""
-    layers = []
-    for gate in (0.2, 0.2e-3):
+def test_an_empty_memory_gives_back_what_the_context_wrote(backend: str) -> None:
+    def outer_after_training(**settings: Any) -> Tensor:
         torch.manual_seed(0)
-        layer = SelfModifyingTitans(
-            8, 2, empty_memory=True, initial_gate=gate, slowest_gate=gate / 1000, chunk_size=4, backend=backend
-        )
-        layer = layer.double()
-        layers.append(layer)
+        layer = SelfModifyingTitans(8, 2, chunk_size=4, backend=backend, **settings).double()
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
         for _ in range(3):
             layer(torch.randn(2, 9, 8, dtype=torch.float64))[0].square().sum().backward()
             optimizer.step()
-        assert layer.memory.outer[:, -1].abs().max() == 0
-        assert layer.memory.outer[:, 0].abs().max() > 0
-        assert layer.readout.norm.eps == pytest.approx(1e-12)
-    taught = SelfModifyingTitans(8, 2, chunk_size=4, backend=backend).double()
-    taught(torch.randn(2, 9, 8, dtype=torch.float64))[0].sum().backward()
-    assert taught.memory.outer.grad is not None
-    assert taught.memory.outer.grad[:, -1].abs().max() > 0
-    assert taught.readout.norm.eps == 1e-6
+        return layer.memory.outer.detach()
+
+    assert outer_after_training()[:, -1].abs().max() > 0
+    assert outer_after_training(empty_memory=True)[:, -1].abs().max() == 0
+
+    layer = build(empty_memory=True, chunk_size=4, backend=backend, read="previous")  # whatever the parameter holds
+    assert layer.memory.outer[:, -1].abs().max() > 0
+    x = torch.randn(2, 1, 8, dtype=torch.float64)
+    assert layer(x)[0].abs().max() == 0
+    assert layer.decode_step(x, layer.init_state(2, dtype=torch.float64))[0].abs().max() == 0
+
+
+def test_what_slow_heads_of_an_empty_memory_read_leaves_the_norm_at_full_size() -> None:
+    def outputs(**settings: Any) -> Tensor:
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(8, 2, chunk_size=4, retention=False, **settings).double()
+        with torch.no_grad():
+            layer.readout.output.weight[:, :4] = 0  # the first head's
+        return layer(torch.randn(1, 12, 8, dtype=torch.float64))[0]
+
+    # Gates of 1e-4 and 1e-5 write sums, whose ratios are the same.
+    slow, slower = (outputs(initial_gate=0.1, slowest_gate=gate, empty_memory=True) for gate in (1e-4, 1e-5))
+    assert (slow - slower).abs().max() < 2e-2 * slow.abs().max()
+    learnt = SelfModifyingTitans(8, 2, slowest_gate=1e-4)
+    assert learnt.readout.norm.eps == 1e-6  # a W1 that starts at zero and is learnt would get gradients without bound
 
 
 def test_heads_must_divide_the_width() -> None:

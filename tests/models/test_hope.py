@@ -325,6 +325,13 @@ def test_calls_that_do_not_fit_are_refused(arguments: dict[str, Any], message: s
         ({"cms_expansion": 0.0}, "cms_expansion: expected a positive number, got 0.0"),
         ({"chunk_size": 12, "projection_chunk_size": 5}, "one must divide the other, got 12 and 5; for example"),
         ({"initial_gate": 1.0}, "initial_gate: expected a number between 0 and 1, got 1.0"),
+        (
+            {"slowest_gate": 0.1, "heads": 1},
+            "slowest_gate: one head is the first and the last; choose initial_gate=0.1",
+        ),
+        ({"slowest_gate": 0.1, "mixer": "titans"}, "slowest_gate: titans has no heads that may write slowly"),
+        ({"empty_memory": True, "mixer": "delta_net"}, "empty_memory: delta_net has no memory that may start empty"),
+        ({"empty_memory": True, "residual_memory": True}, "empty_memory: with residual_memory"),
         ({"write_bound": -1.0}, "write_bound: expected a norm from 1e-18 to 1e18, or None for no bound; got -1.0"),
         ({"mixer": "attention", "dim": 6, "heads": 2}, "even head width, got dim 6 / heads 2 = 3"),
     ],

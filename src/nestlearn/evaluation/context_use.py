@@ -111,10 +111,11 @@ def loss_by_position(
 def learning_reader(model: StackedModel, rules: Sequence[LearningRule], *, window: int) -> Reader:
     """Reads windows while the levels learn from them (Eq. 71), each from the initial weights on.
 
-    A token is predicted with what was learnt from the segments before its own.
+    A token is predicted with what was learnt from the segments before its own. Targets are the tokens that follow, so
+    the last of each row must be one. Not for use under `torch.inference_mode`.
 
     Args:
-        model: stacked.
+        model: stacked on the model that `loss_by_position` is given.
         rules: of its levels.
         window: longest context of a base with attention, in tokens.
     """

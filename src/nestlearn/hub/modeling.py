@@ -164,7 +164,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for two caches.
         """
-        cache = one_cache(*(settings.pop(name, None) for name in NAMES))
+        cache = one_cache(**{name: settings.pop(name, None) for name in NAMES})
         return super().generate(*args, **settings, **({} if cache is None else {_CACHE: cache}))
 
     @classmethod

@@ -223,25 +223,28 @@ def spread_retention(heads: int, shortest: float = 64.0, longest: float = 16384.
     return torch.logit(retain.double()).to(torch.get_default_dtype())
 
 
-def spread_gates(heads: int, first: float, last: float | None, largest: float) -> Tensor:
-    """Biases (H,) of the write gates: gates from `first` to `last` over the heads, a geometric series; None for `first`
-    in all of them. The first head, which forgets fastest (`spread_retention`), writes with `first`.
+def check_gates(heads: int, first: float, last: float | None) -> None:
+    """Refuses write gates out of (0, 1), and a series that rises or has one head only.
 
     Raises:
-        ValueError: if a gate is not between 0 and 1.
+        ValueError: saying what was expected.
     """
     for name, value in (("initial_gate", first), ("slowest_gate", last)):
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
+        if value is not None and (not isinstance(value, int | float) or not 0 < value < 1):
+            raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
+    if last is not None and last > first:
+        raise ValueError(f"slowest_gate: expected at most initial_gate, the first head's, {first}; got {last}")
+    if last is not None and heads == 1:
+        raise ValueError(f"slowest_gate: one head is the first and the last; choose initial_gate={last}, or two heads")
+
+
+def spread_gates(heads: int, first: float, last: float | None, largest: float) -> Tensor:
+    """Biases (H,) of the write gates: gates from `first` to `last` over the heads, a geometric series; None for `first`
+    in all of them. The first head, which forgets fastest (`spread_retention`), writes most."""
     if last is None:
         return torch.full((heads,), first / largest).logit(eps=1e-4)
     gates = first * torch.logspace(0, 1, heads, base=last / first, dtype=torch.float64)
     return torch.logit((gates / largest).clamp(max=1 - 1e-4)).to(torch.get_default_dtype())
-
-
-def slowest_part(first: float, last: float | None) -> float:
-    """What the slowest head writes, as a part of what the fastest does."""
-    return 1.0 if last is None else min(last / first, 1.0)
 
 
 def check_scales(write_scale: float | None, projection_write_scale: float | None) -> None:

@@ -103,7 +103,7 @@ def compiled_token_(
     given = [
         inputs,
         *(held(layer, name) if on else None for name, on in zip(READOUTS, wanted, strict=True)),
-        *(held(memory, name) for name in BASE),
+        *(memory.maps if memory.empty else (held(memory, name) for name in BASE)),  # type: ignore[misc]
     ]
     given = [t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in given]
     pointers = [None if t is None else t.data_ptr() for t in given]

@@ -14,13 +14,12 @@ class GatedReadout(nn.Module):
     """y = W_o (RMSNorm(o) * SiLU(x W_g)): each head normalised, gated by the layer's input, projected back.
 
     dim: D, model width. heads: H. head_dim: Dh, width of one head's output. The norm's scale (Dh) is shared by the
-    heads. No biases. smallest: a head's outputs as a part of the usual, to which the norm's epsilon is held, so that
-    they too leave the norm at full size.
+    heads. No biases. eps: of the norm.
     """
 
-    def __init__(self, dim: int, heads: int, head_dim: int, *, smallest: float = 1.0) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = RMSNorm(head_dim, eps=1e-6 * smallest**2)
+        self.norm = RMSNorm(head_dim, eps=eps)
         self.gate = nn.Linear(dim, heads * head_dim, bias=False)
         self.output = nn.Linear(heads * head_dim, dim, bias=False)
 

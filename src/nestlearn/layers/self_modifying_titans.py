@@ -22,10 +22,10 @@ from nestlearn.layers.chunked_memory import (
     RetainTo,
     base_weights,
     check_choice,
+    check_gates,
     decode_main,
     gate_hidden,
     read_main,
-    slowest_part,
     spread_gates,
     spread_retention,
     token_gates,
@@ -59,6 +59,18 @@ def check_static(static_projections: Sequence[str], retain_to: RetainTo) -> None
         raise ValueError(
             f"static_projections: a memory stays as it is only where it decays to its initial state; with retain_to="
             f'"{retain_to}" choose retain_to="initial" or static_projections=()'
+        )
+
+
+def check_empty(empty_memory: bool, residual_memory: bool) -> None:
+    """Refuses a residual on a memory that is to give back only what was written.
+
+    Raises:
+        ValueError: saying what to choose.
+    """
+    if empty_memory and residual_memory:
+        raise ValueError(
+            "empty_memory: with residual_memory the query is read beside what was written; choose one of the two"
         )
 
 
@@ -108,7 +120,8 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         initial_gate: write gate s at initialisation, in (0, 1).
         slowest_gate: that of the last head, with a geometric series between it and `initial_gate` of the first; None
             for `initial_gate` in all heads. A head with a small gate sums over as many tokens as the gate's inverse
-            before it saturates, so it can count (decision 43).
+            before it saturates, so it can count (decision 43). With `empty_memory` the epsilon of the norm behind the
+            heads, which no weight holds, shrinks with the square of its part of `initial_gate`; fp16 cannot do that.
         conv_width: taps of the short convolutions.
         detach_every: cut the gradient through the writes every so many chunks, counted in each call; None never.
         backend: what walks the memories, with the same results to rounding: "torch" operations, the specification,
@@ -148,6 +161,8 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         detach_every: int | None = None,
         backend: Backend = "auto",
     ) -> None:
+        check_gates(heads, initial_gate, slowest_gate)
+        check_empty(empty_memory, residual_memory)
         check_choice("inner_rule", inner_rule, InnerRule)
         check_static(static_projections, retain_to)
         head_dim = dim // heads
@@ -164,7 +179,13 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
                 narrow_hidden=gate_hidden(hidden, gate_hidden_ratio),
                 empty=empty_memory,
             ),
-            readout=GatedReadout(dim, heads, head_dim, smallest=slowest_part(initial_gate, slowest_gate)),
+            # What slow heads of empty memories read is small; where W1 is learnt, its gradient would be as large.
+            readout=GatedReadout(
+                dim,
+                heads,
+                head_dim,
+                eps=1e-6 * (slowest_gate / initial_gate) ** 2 if empty_memory and slowest_gate else 1e-6,
+            ),
             inner_rule=inner_rule,
             momentum=momentum,
             read=read,

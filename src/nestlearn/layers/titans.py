@@ -18,9 +18,9 @@ from nestlearn.layers.chunked_memory import (
     Read,
     RetainTo,
     base_weights,
+    check_gates,
     decode_main,
     read_main,
-    slowest_part,
     spread_gates,
     spread_retention,
     token_gates,
@@ -61,17 +61,17 @@ class Titans(ChunkedMemoryLayer):
         write_bound: float | None = 4.0,
         memory_hidden: int | None = None,
         initial_gate: float = 0.5,
-        slowest_gate: float | None = None,
         conv_width: int = 4,
         detach_every: int | None = None,
         backend: Backend = "auto",
     ) -> None:
+        check_gates(heads, initial_gate, None)
         head_dim = dim // heads
         super().__init__(
             heads=heads,
             streams=Streams(dim, heads, streams=3, conv_width=conv_width),
             memory=MLPMemory(heads, head_dim, hidden=memory_hidden),
-            readout=GatedReadout(dim, heads, head_dim, smallest=slowest_part(initial_gate, slowest_gate)),
+            readout=GatedReadout(dim, heads, head_dim),
             inner_rule=inner_rule,
             momentum=momentum,
             read=read,
@@ -86,7 +86,7 @@ class Titans(ChunkedMemoryLayer):
         )
         # One linear map for the logits of all gates: write, retention, and momentum if it is on.
         self.gates = nn.Linear(dim, heads * (3 if momentum else 2), bias=False)
-        self.gate_bias = nn.Parameter(spread_gates(heads, initial_gate, slowest_gate, LARGEST_GATE))
+        self.gate_bias = nn.Parameter(spread_gates(heads, initial_gate, None, LARGEST_GATE))
         self.retain_bias = nn.Parameter(spread_retention(heads))
         if momentum:
             self.momentum_bias = nn.Parameter(torch.zeros(heads))

@@ -79,8 +79,8 @@ class MLPMemory(nn.Module):
         hidden: width of the hidden layer; None for `dim`.
         narrow: (first, stop), which memories are narrow.
         narrow_hidden: width of their hidden layer, at most `hidden`; None for `hidden`.
-        empty: keeps W1 of the last memory where it starts, at zero, so that what is read there was written in the
-            context. No gradient reaches it.
+        empty: W1 of the last memory is zero at the start of a context, whatever its parameter holds, so that what is
+            read there was written in the context. No gradient reaches it.
 
     Attributes:
         hidden: width of each memory's hidden layer, M numbers.
@@ -128,7 +128,7 @@ class MLPMemory(nn.Module):
         dtype = torch.promote_types(self.inner.dtype, torch.float32)
         inner, outer = self.inner.to(dtype), self.outer.to(dtype)
         if self.empty:
-            outer = torch.cat([outer[:, :-1], outer[:, -1:].detach()], dim=1)
+            outer = torch.cat([outer[:, :-1], torch.zeros_like(outer[:, -1:])], dim=1)
         if self.narrow_inner is None or self.narrow_outer is None:
             return inner, outer, None, None
         return inner, outer, self.narrow_inner.to(dtype), self.narrow_outer.to(dtype)

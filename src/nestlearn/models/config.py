@@ -13,11 +13,11 @@ from nestlearn.layers.chunked_memory import (
     RetainTo,
     check_bound,
     check_choice,
+    check_gates,
     check_scales,
     gate_hidden,
-    spread_gates,
 )
-from nestlearn.layers.self_modifying_titans import Projection, check_static
+from nestlearn.layers.self_modifying_titans import Projection, check_empty, check_static
 from nestlearn.layers.tnt import check_shards
 from nestlearn.memory.continuum import LevelKind, Variant, check_periods
 from nestlearn.memory.mlp import InnerRule
@@ -82,7 +82,7 @@ class HopeConfig:
         residual_memory, empty_memory, write_scale, projection_write_scale, write_bound, memory_hidden,
         gate_hidden_ratio, initial_gate, slowest_gate, detach_every, backend: see
             `nestlearn.layers.SelfModifyingTitans`; TNT takes them all, Titans read, retain_to, write_bound,
-            memory_hidden, initial_gate, slowest_gate, detach_every and backend.
+            memory_hidden, initial_gate, detach_every and backend.
 
     Raises:
         ValueError: saying what was expected, what came, and how to mend it.
@@ -163,10 +163,15 @@ class HopeConfig:
             ("backend", Backend),
         ):
             check_choice(name, getattr(self, name), choices)
-        if self.static_projections and self.mixer not in ("self_modifying_titans", "tnt"):
-            raise ValueError(
-                f"static_projections: {self.mixer} has no memories of projections; choose self_modifying_titans or tnt"
-            )
+        if self.mixer not in ("self_modifying_titans", "tnt"):
+            for name, missing in (
+                ("static_projections", "memories of projections"),
+                ("empty_memory", "memory that may start empty"),
+                ("slowest_gate", "heads that may write slowly"),
+            ):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: {self.mixer} has no {missing}; choose self_modifying_titans or tnt")
+        check_empty(self.empty_memory, self.residual_memory)
         if not 1 < self.rotary_base < float("inf"):
             raise ValueError(f"rotary_base: expected a number above 1, got {self.rotary_base}")
         check_periods(self.cms_periods)
@@ -181,7 +186,7 @@ class HopeConfig:
             )
         check_shards(self.global_chunk_size, self.local_chunk_sizes, self.shard_length, self.global_stride)
         gate_hidden(self.memory_hidden or self.dim // self.heads, self.gate_hidden_ratio)
-        spread_gates(self.heads, self.initial_gate, self.slowest_gate, 1.0)
+        check_gates(self.heads, self.initial_gate, self.slowest_gate)
         check_scales(self.write_scale, self.projection_write_scale)
         check_bound(self.write_bound)
 

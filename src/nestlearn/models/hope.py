@@ -35,7 +35,6 @@ OF_TITANS = (
     "write_bound",
     "memory_hidden",
     "initial_gate",
-    "slowest_gate",
     "detach_every",
     "backend",
 )
@@ -50,6 +49,7 @@ OF_MEMORIES = (
     "static_projections",
     "residual_memory",
     "empty_memory",
+    "slowest_gate",
     "write_scale",
     "projection_write_scale",
     "gate_hidden_ratio",

@@ -195,7 +195,7 @@ def _learn(
             losses = _losses(logits, targets)
             gradients = (
                 torch.autograd.grad(
-                    losses.sum(1).sum(), list(leaves.values()), create_graph=order == 2, retain_graph=order > 0
+                    losses.sum(), list(leaves.values()), create_graph=order == 2, retain_graph=order > 0
                 )
                 if leaves
                 else ()

@@ -1,4 +1,4 @@
-"""Optimizers on small models: the loss against steps and against time (Fig. 11 and 12 of the paper are of this kind).
+"""Optimizers on small models: the loss against steps and against processor time (of this kind are Fig. 11 and 12).
 
     python -m nestlearn.evaluation.optimizers.comparison --task digits --out results/optimizers_digits
     python -m nestlearn.evaluation.optimizers.comparison --task novels --out results/optimizers_novels
@@ -102,7 +102,8 @@ def best_rates(records: Sequence[Record]) -> dict[str, float]:
 
 
 def reached(record: Record, loss: float) -> tuple[float, float] | None:
-    """Steps and seconds until the held-out loss is as low as `loss`, on the line between looks; None if it never is."""
+    """Steps and processor seconds until the held-out loss is as low as `loss`, on the line between looks; None if it
+    never is."""
     before = None
     for point in record["curve"]:
         if point["loss"] <= loss:
@@ -152,7 +153,7 @@ def table(records: Sequence[Record], tuning: Sequence[Record]) -> str:
     unit = records[0]["unit"]
     header = ["optimizer", "learning rate", "seeds", f"held-out loss ({unit})", f"paired difference to {REFERENCE}",
               f"steps to {REFERENCE}'s loss", "processor seconds to it", f"steps to {OTHER_REFERENCE}'s loss",
-              "ms a step"]  # fmt: skip
+              "processor ms a step"]  # fmt: skip
     return markdown_table(header, rows)
 
 
@@ -170,7 +171,7 @@ def _mean(values: Sequence[float], of: int, form: str) -> str | None:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Held-out loss over steps, and over seconds."""
+    """Held-out loss over steps, and over processor seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")

@@ -21,7 +21,7 @@ MODELS: dict[str, Mapping[str, Any]] = {
 }
 
 
-LEARNERS = ("hope", "transformer")
+LEARNERS = ("hope",)
 
 
 def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPlan) -> str:
@@ -31,10 +31,12 @@ def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPla
     some = next(iter(by_model.values()))[0]
     length = plan.runs["sequence_length"]
     texts = max(stretch["error"] for runs in by_model.values() for stretches in runs for stretch in stretches)
-    lost = sorted({r["job"]["model"] for r in records} - set(by_model))
+    given = {r["job"]["model"] for r in records}
+    given |= {while_learning(r["job"]["model"]) for r in records if while_learning(r["job"]["name"]) in measured}
+    lost = sorted(given - set(by_model))
     left_out = f" Left out, for losses that were not finite: {', '.join(lost)}." if lost else ""
     header = ["model", "seeds", *(f"{stretch['begin']:,}-{stretch['end']:,}" for stretch in some)]
-    learning = _learning(records, measured, length)
+    learning = _learning(records, measured, plan)
     losses = [[name, len(runs), *(with_error(bits, 3) for bits in _over(runs, "bits"))] for name, runs in
               by_model.items()]  # fmt: skip
     gains = [[name, len(runs), *(with_error(gain, signed=True) for gain in _over(runs, "gain")[1:])] for name, runs in
@@ -47,8 +49,9 @@ def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPla
         f"on the same bytes with a context that begins anew every {length:,} bytes. Where it goes on growing, the "
         f"model uses what lies further back than all that it was trained on; where it is negative, the context does "
         f"harm. ± is over seeds, which all read the same windows; over windows the standard error of a gain is at most "
-        f"{texts:.4f}.{left_out}{learning}\n\n"
-        f"{markdown_table([*header[:2], *header[3:]], gains)}\n\nThe paper prints no numbers for its Figure 10."
+        f"{texts:.4f}.{left_out}\n\n"
+        f"{markdown_table([*header[:2], *header[3:]], gains)}{learning}\n\n"
+        "The paper prints no numbers for its Figure 10."
     )
 
 
@@ -98,21 +101,27 @@ def _by_model(records: Sequence[Record], measured: Mapping[str, Any]) -> dict[st
     return found
 
 
-def _learning(records: Sequence[Record], measured: Mapping[str, Any], length: int) -> str:
-    """What "levels learn" means, and which rules were chosen."""
-    chosen = {
-        record["job"]["name"]: measured[while_learning(record["job"]["name"])]["chosen"]
-        for record in records
-        if while_learning(record["job"]["name"]) in measured
-    }
-    if not chosen:
+def _learning(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPlan) -> str:
+    """What "levels learn" means, which rules were tried, and which were chosen."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        learnt = measured.get(while_learning(record["job"]["name"]))
+        if learnt and learnt["chosen"]:
+            found.setdefault(record["job"]["model"], []).append(learnt)
+    if not found:
         return ""
-    rules = sorted({f"{r['rule']} {r['lr']:g} every {r['period']:,} bytes" for r in chosen.values()})
+    names = [f"{rule['rule']} {rule['lr']:g} every {rule['period']:,}" for rule in plan.learning]
+    rows = []
+    for model, runs in found.items():
+        tried = [[run["tried"][i] for run in runs] for i in range(len(names))]
+        cells = [None if None in values else f"{_mean(values):.4f}" for values in tried]
+        chosen = [names[plan.learning.index(run["chosen"])] for run in runs]
+        rows.append([model, *cells, ", ".join(dict.fromkeys(chosen))])
     return (
-        ' Where "levels learn", all MLP blocks learn from each period of bytes once it is read, in every window '
-        "from the trained weights on (Eq. 71, the summed gradient, clipped to norm 1); a Transformer has a context of "
-        f"{2 * length:,} bytes there. Of some rules each run takes the best, tried on novels of the training side: "
-        f"{', '.join(rules)}. What they gain is over the same model at rest with a context that begins anew."
+        '\n\nWhere "levels learn", all MLP blocks learn from each period of bytes once it is read, in every window '
+        "from the trained weights on (Eq. 71, the summed gradient, clipped to norm 1). Their gain is over the same "
+        "model at rest with a context that begins anew. Each run takes the rule with the fewest bits per byte on "
+        f"windows of the training side's novels:\n\n{markdown_table(['model', *names, 'chosen'], rows)}"
     )
 
 

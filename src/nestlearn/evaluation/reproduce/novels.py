@@ -24,7 +24,7 @@ from nestlearn.evaluation.language_modeling import (
     try_rates,
 )
 from nestlearn.evaluation.matching import count_parameters
-from nestlearn.evaluation.report import write_report
+from nestlearn.evaluation.report import finite_or_none, write_report
 from nestlearn.evaluation.reproduce.table import Order, Scale
 from nestlearn.evaluation.tasks.haystacks import find_data_root
 from nestlearn.evaluation.zero_shot import FILES, ask, read_questions
@@ -280,14 +280,17 @@ def _context_use_while_learning(model: nn.Module, tokenizer: Tokenizer, job: Job
         )
         return [stretch.to_dict() for stretch in found]
 
-    def bits(stretches: list[dict[str, Any]]) -> float:
+    def mean(stretches: list[dict[str, Any]]) -> float:
         if any(stretch["bits"] is None for stretch in stretches):
             return math.inf
         return sum(stretch["bits"] * (stretch["end"] - stretch["begin"]) for stretch in stretches) / job["window"]
 
     novels = tokenize_documents(read_documents(find_data_root() / TEXT, max_bytes=job["choosing_bytes"]), tokenizer)
-    tried = [bits(measure(novels, rule, job["choosing_tokens"])) for rule in job["rules"]]
-    chosen = job["rules"][tried.index(min(tried))]
+    bits = [mean(measure(novels, rule, job["choosing_tokens"])) for rule in job["rules"]]
+    tried = [finite_or_none(value) for value in bits]
+    if min(bits) == math.inf:
+        return {"tried": tried, "chosen": None, "stretches": None}
+    chosen = job["rules"][bits.index(min(bits))]
     others = tokenize_documents(read_documents(find_data_root() / HELD_OUT), tokenizer)
     return {"tried": tried, "chosen": chosen, "stretches": measure(others, chosen, job["window_tokens"])}
 
