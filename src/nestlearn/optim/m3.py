@@ -84,43 +84,101 @@ def m3_step(
         eps: added to the root of V; in the "ema" form relative to the root of its mean.
         weight_decay: W shrinks by lr weight_decay, apart from the step.
     """
-    states = [list(fast), list(slow), list(variances)]
+    # On a CPU one tensor after another goes through all that is done to its entries, while they are in the cache;
+    # elsewhere all tensors go through each operation together.
+    whole_list = list(range(len(parameters)))
+    batches = [[i] for i in whole_list] if all(p.device.type == "cpu" for p in parameters) else [whole_list]
+    for part in batches:
+        _gather(
+            _chosen(gradients, part),
+            _chosen(fast, part),
+            _chosen(slow, part),
+            _chosen(variances, part),
+            [steps[i] for i in part],
+            form=form,
+            betas=betas,
+            period=period,
+        )
+    directions = _orthogonalize(fast, ns_steps)
+    for part in batches:
+        _divide(
+            _chosen(directions, part),
+            _chosen(fast, part),
+            _chosen(variances, part),
+            _chosen(slow_directions, part),
+            [steps[i] for i in part],
+            form=form,
+            betas=betas,
+            alpha=alpha,
+            eps=eps,
+        )
+        apply_update(_chosen(parameters, part), _chosen(directions, part), lr=lr, weight_decay=weight_decay)
+
+    due = [i for i, step in enumerate(steps) if step % period == 0]
+    for i, direction in zip(due, _orthogonalize([slow[i] for i in due], ns_steps), strict=True):
+        slow_directions[i].copy_(direction)
+
+
+def _chosen(tensors: Sequence[Tensor], part: Sequence[int]) -> list[Tensor]:
+    return [tensors[i] for i in part]
+
+
+def _gather(
+    gradients: Sequence[Tensor],
+    fast: Sequence[Tensor],
+    slow: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    steps: Sequence[int],
+    *,
+    form: Form,
+    betas: tuple[float, float, float],
+    period: int,
+) -> None:
+    """Writes the gradients into M1, M2 and V."""
     g = [gradient.to(m.dtype) for gradient, m in zip(gradients, fast, strict=True)]
     if form == "ema":
         begins = [m for m, step in zip(slow, steps, strict=True) if (step - 1) % period == 0]
-        torch._foreach_lerp_(states[0], g, 1 - betas[0])
+        torch._foreach_lerp_(list(fast), g, 1 - betas[0])
         if begins:
             torch._foreach_mul_(begins, betas[2])
-        torch._foreach_add_(states[1], g, alpha=(1 - betas[2]) / period)
-        torch._foreach_mul_(states[2], betas[1])
-        torch._foreach_addcmul_(states[2], g, g, value=1 - betas[1])
+        torch._foreach_add_(list(slow), g, alpha=(1 - betas[2]) / period)
+        torch._foreach_mul_(list(variances), betas[1])
+        torch._foreach_addcmul_(list(variances), g, g, value=1 - betas[1])
         for variance in variances:
             variance.clamp_(max=_MOST * torch.finfo(variance.dtype).max)
     else:
-        torch._foreach_add_(states[0], g, alpha=betas[0])
-        torch._foreach_add_(states[1], g, alpha=betas[2])
-        torch._foreach_addcmul_(states[2], g, g, value=betas[1])
+        torch._foreach_add_(list(fast), g, alpha=betas[0])
+        torch._foreach_add_(list(slow), g, alpha=betas[2])
+        torch._foreach_addcmul_(list(variances), g, g, value=betas[1])
 
-    directions = _orthogonalize(fast, ns_steps)
-    torch._foreach_add_(directions, list(slow_directions), alpha=alpha)
-    roots = list(torch._foreach_sqrt(states[2]))
+
+def _divide(
+    directions: Sequence[Tensor],
+    fast: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    slow_directions: Sequence[Tensor],
+    steps: Sequence[int],
+    *,
+    form: Form,
+    betas: tuple[float, float, float],
+    alpha: float,
+    eps: float,
+) -> None:
+    """Makes of NS(M1), in place, what the parameters move by at a rate of 1."""
+    torch._foreach_add_(list(directions), list(slow_directions), alpha=alpha)
+    roots = list(torch._foreach_sqrt(list(variances)))
     if form == "ema":
         tiny = torch.finfo(fast[0].dtype).tiny
         for root, variance in zip(roots, variances, strict=True):
             root.div_(variance.mean((-2, -1), keepdim=True).sqrt() + tiny).add_(eps + tiny)
-        torch._foreach_div_(directions, roots)
+        torch._foreach_div_(list(directions), roots)
         for u, m, variance, step in zip(directions, fast, variances, steps, strict=True):
             size = -ADAMW_RMS / (u.square().mean((-2, -1), keepdim=True).sqrt() + tiny)
             u.mul_(size * _presence(m, variance, step, betas))
     else:
         torch._foreach_add_(roots, eps)
-        torch._foreach_div_(directions, roots)
-        torch._foreach_neg_(directions)
-    apply_update(parameters, directions, lr=lr, weight_decay=weight_decay)
-
-    due = [i for i, step in enumerate(steps) if step % period == 0]
-    for i, direction in zip(due, _orthogonalize([slow[i] for i in due], ns_steps), strict=True):
-        slow_directions[i].copy_(direction)
+        torch._foreach_div_(list(directions), roots)
+        torch._foreach_neg_(list(directions))
 
 
 def _presence(fast: Tensor, variance: Tensor, step: int, betas: tuple[float, float, float]) -> Tensor:
