@@ -397,6 +397,7 @@ def test_what_slow_heads_of_an_empty_memory_read_leaves_the_norm_at_full_size() 
     slow, slower = (outputs(initial_gate=0.1, slowest_gate=gate, empty_memory=True) for gate in (1e-4, 1e-5))
     assert (slow - slower).abs().max() < 2e-2 * slow.abs().max()
     learnt = SelfModifyingTitans(8, 2, slowest_gate=1e-4)
+    assert SelfModifyingTitans(8, 2, slowest_gate=1e-25, empty_memory=True)(torch.randn(1, 5, 8))[0].isfinite().all()
     assert learnt.readout.norm.eps == 1e-6  # a W1 that starts at zero and is learnt would get gradients without bound
 
 

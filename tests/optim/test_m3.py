@@ -311,3 +311,23 @@ def test_settings_out_of_range(settings, message) -> None:
         M3([nn.Parameter(torch.zeros(2, 2))], **settings)
     with pytest.raises(ValueError, match="rule: expected 'm3' or 'adamw', got 'muon'"):
         M3([{"params": [nn.Parameter(torch.zeros(2, 2))], "rule": "muon"}])
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_parameters_of_several_dtypes_move_as_each_of_them_alone(order: list[int]) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(4, 6, dtype=torch.float64), torch.randn(5, 3)]
+    gradients = [torch.randn(4, 6, dtype=torch.float64), torch.zeros(5, 3)]
+
+    def moved(chosen: list[int]) -> list[torch.Tensor]:
+        parameters = [torch.nn.Parameter(given[i].clone()) for i in chosen]
+        optimizer = M3(parameters, lr=0.01)
+        for _ in range(3):
+            for i, parameter in zip(chosen, parameters, strict=True):
+                parameter.grad = gradients[i].clone()
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    for i, together in zip(order, moved(order), strict=True):
+        assert together.isfinite().all()
+        assert torch.equal(together, moved([i])[0])

@@ -179,13 +179,7 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
                 narrow_hidden=gate_hidden(hidden, gate_hidden_ratio),
                 empty=empty_memory,
             ),
-            # What slow heads of empty memories read is small; where W1 is learnt, its gradient would be as large.
-            readout=GatedReadout(
-                dim,
-                heads,
-                head_dim,
-                eps=1e-6 * (slowest_gate / initial_gate) ** 2 if empty_memory and slowest_gate else 1e-6,
-            ),
+            readout=GatedReadout(dim, heads, head_dim, eps=_epsilon(initial_gate, slowest_gate, empty_memory)),
             inner_rule=inner_rule,
             momentum=momentum,
             read=read,
@@ -372,6 +366,14 @@ class SelfModifyingTitans(ChunkedMemoryLayer):
         main = projections if self.residual_memory else -values
         count = len(self.memory.hidden) - 1
         return torch.cat([projections.unsqueeze(2).expand(-1, -1, count, -1, -1), main.unsqueeze(2)], dim=2)
+
+
+def _epsilon(initial_gate: float, slowest_gate: float | None, empty_memory: bool) -> float:
+    """Of the norm behind the heads. What slow heads of empty memories read is small; where W1 starts at zero and is
+    learnt, a smaller epsilon would only make its first gradients large."""
+    if slowest_gate is None or not empty_memory:
+        return 1e-6
+    return max(1e-6 * (slowest_gate / initial_gate) ** 2, 1e-30)  # below, fp32 has no numbers left
 
 
 def gate_logits(x: Tensor, readout: Tensor, bias: Tensor) -> Tensor:

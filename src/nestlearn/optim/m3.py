@@ -168,12 +168,12 @@ def _divide(
     torch._foreach_add_(list(directions), list(slow_directions), alpha=alpha)
     roots = list(torch._foreach_sqrt(list(variances)))
     if form == "ema":
-        tiny = torch.finfo(fast[0].dtype).tiny
         for root, variance in zip(roots, variances, strict=True):
+            tiny = _tiny(root)
             root.div_(variance.mean((-2, -1), keepdim=True).sqrt() + tiny).add_(eps + tiny)
         torch._foreach_div_(list(directions), roots)
         for u, m, variance, step in zip(directions, fast, variances, steps, strict=True):
-            size = -ADAMW_RMS / (u.square().mean((-2, -1), keepdim=True).sqrt() + tiny)
+            size = -ADAMW_RMS / (u.square().mean((-2, -1), keepdim=True).sqrt() + _tiny(u))
             u.mul_(size * _presence(m, variance, step, betas))
     else:
         torch._foreach_add_(roots, eps)
