@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -83,11 +83,7 @@ def loss_by_position(
     was_training = model.training
     model.eval()
     whole, pieces = [], []
-    for batch in data.evaluation_batches(batch_size, max_tokens):
-        inside = ~(batch.document_starts[:, 1:].any(1) | (batch.targets == IGNORED).any(1))
-        tokens, targets = batch.tokens[inside], batch.targets[inside]
-        if not len(tokens):
-            continue
+    for tokens, targets in windows(data, max_tokens=max_tokens, batch_size=batch_size):
         starts = torch.arange(length).remainder(fresh_every).eq(0).expand(len(tokens), -1)
         whole.append(_bits(model, tokens, targets, None) if reader is None else reader(tokens, targets))
         pieces.append(_bits(model, tokens, targets, starts))
@@ -106,6 +102,20 @@ def loss_by_position(
             )
         )
     return found
+
+
+def windows(data: PackedTokens, *, max_tokens: int, batch_size: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and targets, each (rows, T), of windows in which no document ends.
+
+    Args:
+        data: its sequence length is that of the windows.
+        max_tokens: windows are taken evenly from the text, about so many tokens.
+        batch_size: windows at once, at most.
+    """
+    for batch in data.evaluation_batches(batch_size, max_tokens):
+        inside = ~(batch.document_starts[:, 1:].any(1) | (batch.targets == IGNORED).any(1))
+        if inside.any():
+            yield batch.tokens[inside], batch.targets[inside]
 
 
 def learning_reader(model: StackedModel, rules: Sequence[LearningRule], *, window: int) -> Reader:

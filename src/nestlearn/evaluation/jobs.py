@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import platform
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from filelock import FileLock
 
 from nestlearn.io import atomic_write_text
 from nestlearn.training.process import prepare_process
+from nestlearn.training.record import running_commit
 
 Job = Mapping[str, Any]
 Record = dict[str, Any]
@@ -130,13 +130,9 @@ def _end_with_parent() -> None:
 
 def provenance() -> Record:
     """What a number needs beside it: commit, versions, device, threads."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout
-    except OSError:  # no git here
-        commit = ""
+    found = running_commit()
     return {
-        "commit": commit.strip() or None,
+        "commit": found and found["hash"][:12] + ("-dirty" if found["changed"] else ""),
         "torch": torch.__version__,
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

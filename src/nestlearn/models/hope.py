@@ -29,15 +29,7 @@ State = dict[str, Tensor]
 
 
 # Settings of memories that mixers take as they are.
-OF_TITANS = (
-    "read",
-    "retain_to",
-    "write_bound",
-    "memory_hidden",
-    "initial_gate",
-    "detach_every",
-    "backend",
-)
+OF_TITANS = ("read", "retain_to", "write_bound", "memory_hidden", "initial_gate", "detach_every", "backend")
 OF_MEMORIES = (
     *OF_TITANS,
     "projection_chunk_size",

@@ -72,6 +72,7 @@ class StackedModel(nn.Module):
         # Not registered a second time: they are the base's.
         self._linears: dict[str, nn.Module] = {name: found[name] for name in names}
         self._projections: dict[str, Tensor] = {}
+        self._cache_name = "" if isinstance(base, HopeLM) else cache_name(base.forward)
 
     @property
     def periods(self) -> tuple[int, ...]:
@@ -146,7 +147,7 @@ class StackedModel(nn.Module):
             if isinstance(self.base, HopeLM):
                 logits, state = self.base(tokens, None if context is None else context.state)
             else:
-                before = {} if context is None else {cache_name(self.base.forward): context.state}
+                before = {} if context is None else {self._cache_name: context.state}
                 out = self.base(input_ids=tokens, use_cache=True, **before)
                 logits, state = out.logits, cache_in(out)
         return logits, Context((0 if context is None else context.tokens) + tokens.shape[1], state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,99 +86,79 @@ def m3_step(
     """
     # On a CPU one tensor after another goes through all that is done to its entries, while they are in the cache;
     # elsewhere all tensors go through each operation together.
-    whole_list = list(range(len(parameters)))
-    batches = [[i] for i in whole_list] if all(p.device.type == "cpu" for p in parameters) else [whole_list]
-    for part in batches:
-        _gather(
-            _chosen(gradients, part),
-            _chosen(fast, part),
-            _chosen(slow, part),
-            _chosen(variances, part),
-            [steps[i] for i in part],
-            form=form,
-            betas=betas,
-            period=period,
-        )
+    every = range(len(parameters))
+    batches = [[i] for i in every] if all(p.device.type == "cpu" for p in parameters) else [list(every)]
+    memories = _Memories(list(gradients), list(fast), list(slow), list(variances), list(slow_directions), steps)
+    for batch in batches:
+        _gather(memories.of(batch), form, betas, period)
     directions = _orthogonalize(fast, ns_steps)
-    for part in batches:
-        _divide(
-            _chosen(directions, part),
-            _chosen(fast, part),
-            _chosen(variances, part),
-            _chosen(slow_directions, part),
-            [steps[i] for i in part],
-            form=form,
-            betas=betas,
-            alpha=alpha,
-            eps=eps,
-        )
-        apply_update(_chosen(parameters, part), _chosen(directions, part), lr=lr, weight_decay=weight_decay)
+    for batch in batches:
+        updates = [directions[i] for i in batch]
+        _divide(updates, memories.of(batch), form, betas, alpha, eps)
+        apply_update([parameters[i] for i in batch], updates, lr=lr, weight_decay=weight_decay)
 
     due = [i for i, step in enumerate(steps) if step % period == 0]
     for i, direction in zip(due, _orthogonalize([slow[i] for i in due], ns_steps), strict=True):
         slow_directions[i].copy_(direction)
 
 
-def _chosen(tensors: Sequence[Tensor], part: Sequence[int]) -> list[Tensor]:
-    return [tensors[i] for i in part]
+class _Memories(NamedTuple):
+    """What `m3_step` is given of each parameter."""
+
+    gradients: list[Tensor]
+    fast: list[Tensor]
+    slow: list[Tensor]
+    variances: list[Tensor]
+    slow_directions: list[Tensor]
+    steps: Sequence[int]
+
+    def of(self, batch: Sequence[int]) -> _Memories:
+        return self._replace(**{name: [own[i] for i in batch] for name, own in self._asdict().items()})
 
 
-def _gather(
-    gradients: Sequence[Tensor],
-    fast: Sequence[Tensor],
-    slow: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    steps: Sequence[int],
-    *,
-    form: Form,
-    betas: tuple[float, float, float],
-    period: int,
-) -> None:
+def _gather(memories: _Memories, form: Form, betas: tuple[float, float, float], period: int) -> None:
     """Writes the gradients into M1, M2 and V."""
+    gradients, fast, slow, variances, _, steps = memories
     g = [gradient.to(m.dtype) for gradient, m in zip(gradients, fast, strict=True)]
     if form == "ema":
         begins = [m for m, step in zip(slow, steps, strict=True) if (step - 1) % period == 0]
-        torch._foreach_lerp_(list(fast), g, 1 - betas[0])
+        torch._foreach_lerp_(fast, g, 1 - betas[0])
         if begins:
             torch._foreach_mul_(begins, betas[2])
-        torch._foreach_add_(list(slow), g, alpha=(1 - betas[2]) / period)
-        torch._foreach_mul_(list(variances), betas[1])
-        torch._foreach_addcmul_(list(variances), g, g, value=1 - betas[1])
+        torch._foreach_add_(slow, g, alpha=(1 - betas[2]) / period)
+        torch._foreach_mul_(variances, betas[1])
+        torch._foreach_addcmul_(variances, g, g, value=1 - betas[1])
         for variance in variances:
             variance.clamp_(max=_MOST * torch.finfo(variance.dtype).max)
     else:
-        torch._foreach_add_(list(fast), g, alpha=betas[0])
-        torch._foreach_add_(list(slow), g, alpha=betas[2])
-        torch._foreach_addcmul_(list(variances), g, g, value=betas[1])
+        torch._foreach_add_(fast, g, alpha=betas[0])
+        torch._foreach_add_(slow, g, alpha=betas[2])
+        torch._foreach_addcmul_(variances, g, g, value=betas[1])
 
 
 def _divide(
-    directions: Sequence[Tensor],
-    fast: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    slow_directions: Sequence[Tensor],
-    steps: Sequence[int],
-    *,
+    updates: list[Tensor],
+    memories: _Memories,
     form: Form,
     betas: tuple[float, float, float],
     alpha: float,
     eps: float,
 ) -> None:
     """Makes of NS(M1), in place, what the parameters move by at a rate of 1."""
-    torch._foreach_add_(list(directions), list(slow_directions), alpha=alpha)
-    roots = list(torch._foreach_sqrt(list(variances)))
+    torch._foreach_add_(updates, memories.slow_directions, alpha=alpha)
+    roots = list(torch._foreach_sqrt(memories.variances))
     if form == "ema":
-        for root, variance in zip(roots, variances, strict=True):
+        for root, variance in zip(roots, memories.variances, strict=True):
             tiny = _tiny(root)
             root.div_(variance.mean((-2, -1), keepdim=True).sqrt() + tiny).add_(eps + tiny)
-        torch._foreach_div_(list(directions), roots)
-        for u, m, variance, step in zip(directions, fast, variances, steps, strict=True):
+        torch._foreach_div_(updates, roots)
+        for u, m, variance, step in zip(updates, memories.fast, memories.variances, memories.steps, strict=True):
             size = -ADAMW_RMS / (u.square().mean((-2, -1), keepdim=True).sqrt() + _tiny(u))
             u.mul_(size * _presence(m, variance, step, betas))
     else:
         torch._foreach_add_(roots, eps)
-        torch._foreach_div_(list(directions), roots)
-        torch._foreach_neg_(list(directions))
+        torch._foreach_div_(updates, roots)
+        torch._foreach_neg_(updates)
 
 
 def _presence(fast: Tensor, variance: Tensor, step: int, betas: tuple[float, float, float]) -> Tensor:

@@ -71,7 +71,7 @@ def describe_environment(processes: Processes) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         # `python -m nestlearn` is the same command.
         "command": [Path(sys.argv[0]).name.replace("__main__.py", "nestlearn"), *sys.argv[1:]],
-        "commit": _commit(),
+        "commit": running_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
@@ -98,9 +98,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> dict[str, Any] | None:
-    """The commit of the code that is running, where that is a git checkout."""
-    folder = Path(__file__).resolve().parent
+def running_commit() -> dict[str, Any] | None:
+    """The commit of the code that is running, where that is a git checkout: its hash, and whether the package (not the
+    results beside it) has been changed since."""
+    folder = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -109,7 +110,7 @@ def _commit() -> dict[str, Any] | None:
 
     try:
         # An installed copy may lie inside somebody else's repository (a virtual environment in it).
-        git("ls-files", "--error-unmatch", Path(__file__).name)
+        git("ls-files", "--error-unmatch", __file__)
         return {"hash": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.SubprocessError):
         return None

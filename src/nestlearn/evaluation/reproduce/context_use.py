@@ -21,9 +21,6 @@ MODELS: dict[str, Mapping[str, Any]] = {
 }
 
 
-LEARNERS = ("hope",)
-
-
 def page(records: Sequence[Record], measured: Mapping[str, Any], plan: NovelsPlan) -> str:
     by_model = _by_model(records, measured)
     if not by_model:
@@ -141,5 +138,5 @@ TABLE = NovelsTable(
     page=page,
     plot=plot,
     measure="context use",
-    learners=LEARNERS,
+    learners=("hope",),
 )

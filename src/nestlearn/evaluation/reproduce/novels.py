@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nestlearn.evaluation.context_use import learning_reader, loss_by_position
+from nestlearn.evaluation.context_use import Reader, learning_reader, loss_by_position, windows
 from nestlearn.evaluation.jobs import Job, Record, run_jobs
 from nestlearn.evaluation.language_modeling import (
     TUNING_SEED,
@@ -257,42 +256,38 @@ def measure_one(job: Job) -> Record:
     return {"measured": MEASURES[job["measure"]](model, tokenizer, job)}
 
 
-def _context_use(model: nn.Module, tokenizer: Tokenizer, job: Job) -> Any:
-    documents = tokenize_documents(read_documents(find_data_root() / HELD_OUT), tokenizer)
-    data = PackedTokens(documents, sequence_length=job["window"])
-    found = loss_by_position(model, data, fresh_every=job["sequence_length"], max_tokens=job["window_tokens"])
+def _windows(name: str, tokenizer: Tokenizer, job: Job, max_bytes: int | None = None) -> PackedTokens:
+    documents = tokenize_documents(read_documents(find_data_root() / name, max_bytes=max_bytes), tokenizer)
+    return PackedTokens(documents, sequence_length=job["window"])
+
+
+def _context_use(model: nn.Module, tokenizer: Tokenizer, job: Job, reader: Reader | None = None) -> Any:
+    data = _windows(HELD_OUT, tokenizer, job)
+    found = loss_by_position(
+        model, data, fresh_every=job["sequence_length"], max_tokens=job["window_tokens"], reader=reader
+    )
     return [stretch.to_dict() for stretch in found]
 
 
 def _context_use_while_learning(model: nn.Module, tokenizer: Tokenizer, job: Job) -> Any:
     """The best of some rules, tried on novels of the training side, and what it finds in the others."""
-    length = job["sequence_length"]
-
-    def measure(documents: Any, settings: Mapping[str, Any], tokens: int) -> list[dict[str, Any]]:
-        period, rule = settings["period"], {name: value for name, value in settings.items() if name != "period"}
-        stacked = stack_levels(model, (period,), strategy="whole_depth", notice=None)
-        found = loss_by_position(
-            model,
-            PackedTokens(documents, sequence_length=job["window"]),
-            fresh_every=length,
-            max_tokens=tokens,
-            reader=learning_reader(stacked, [LearningRule(**rule)], window=2 * length),
-        )
-        return [stretch.to_dict() for stretch in found]
-
-    def mean(stretches: list[dict[str, Any]]) -> float:
-        if any(stretch["bits"] is None for stretch in stretches):
-            return math.inf
-        return sum(stretch["bits"] * (stretch["end"] - stretch["begin"]) for stretch in stretches) / job["window"]
-
-    novels = tokenize_documents(read_documents(find_data_root() / TEXT, max_bytes=job["choosing_bytes"]), tokenizer)
-    bits = [mean(measure(novels, rule, job["choosing_tokens"])) for rule in job["rules"]]
-    tried = [finite_or_none(value) for value in bits]
-    if min(bits) == math.inf:
+    model.eval()
+    readers = []
+    for rule in job["rules"]:
+        settings = {name: value for name, value in rule.items() if name != "period"}
+        stacked = stack_levels(model, (rule["period"],), strategy="whole_depth", notice=None)
+        readers.append(learning_reader(stacked, [LearningRule(**settings)], window=2 * job["sequence_length"]))
+    chosen_on = _windows(TEXT, tokenizer, job, job["choosing_bytes"])
+    tried = []
+    for reader in readers:
+        bits = torch.cat([reader(*given) for given in windows(chosen_on, max_tokens=job["choosing_tokens"])])
+        tried.append(finite_or_none(bits.mean().item()))
+    finite = [bits for bits in tried if bits is not None]
+    if not finite:
         return {"tried": tried, "chosen": None, "stretches": None}
-    chosen = job["rules"][bits.index(min(bits))]
-    others = tokenize_documents(read_documents(find_data_root() / HELD_OUT), tokenizer)
-    return {"tried": tried, "chosen": chosen, "stretches": measure(others, chosen, job["window_tokens"])}
+    best = tried.index(min(finite))
+    stretches = _context_use(model, tokenizer, job, readers[best])
+    return {"tried": tried, "chosen": job["rules"][best], "stretches": stretches}
 
 
 def while_learning(name: str) -> str:
