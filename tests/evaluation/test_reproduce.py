@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from nestlearn.cli.app import app
@@ -26,6 +27,7 @@ from nestlearn.evaluation.reproduce import (
     ablation,
     context_use,
     language_modeling,
+    novels,
     reproduce,
 )
 from nestlearn.evaluation.reproduce.models import state_floats, table_models
@@ -33,6 +35,8 @@ from nestlearn.evaluation.reproduce.page import describe
 from nestlearn.evaluation.reproduce.runner import best_rates, make_job
 from nestlearn.evaluation.task_training import build_for_task
 from nestlearn.evaluation.tasks import build_task
+from nestlearn.models import HopeConfig, HopeLM
+from nestlearn.training.data import load_tokenizer
 
 WITH_DATA = ("needles", "babilong")
 NOVELS = tuple(name for name, table in TABLES.items() if isinstance(table, NovelsTable))
@@ -304,3 +308,26 @@ def test_losses_that_are_not_finite_leave_a_page() -> None:
     page = context_use.page(records[:1], {**measured, **none}, plan)
     assert "not finite: hope, levels learn" in page
     assert context_use.page(records[1:], {"titans-0": measured["titans-0"]}, plan) == "No model's loss was finite."
+
+
+def test_levels_learn_by_the_rule_that_is_best_on_the_training_side(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTLEARN_DATA", str(data_dir))
+    torch.manual_seed(0)
+    model = HopeLM(HopeConfig(dim=16, depth=1, heads=2))
+    job = {"sequence_length": 32, "window": 128, "window_tokens": 512, "choosing_tokens": 512, "choosing_bytes": 10_000}
+    measure, tokenizer = novels.MEASURES[novels.LEARNS], load_tokenizer("bytes")
+    weak, good = ({"period": 32, "rule": "gd", "lr": lr} for lr in (1e-3, 2.0))
+    found = measure(model, tokenizer, {**job, "rules": [weak, good]})
+    assert found["tried"][1] < found["tried"][0] - 0.05
+    assert found["chosen"] == good
+    alone = measure(model, tokenizer, {**job, "rules": [good]})
+    assert found["stretches"] == alone["stretches"]
+    assert found["tried"][1] == alone["tried"][0]
+    endless = {**good, "lr": 1e30}
+    assert measure(model, tokenizer, {**job, "rules": [endless]}) == {
+        "tried": [None],
+        "chosen": None,
+        "stretches": None,
+    }

@@ -311,3 +311,18 @@ def test_a_state_of_another_dtype_is_refused() -> None:
     state["inner"] = state["inner"].float()
     with pytest.raises(ValueError, match=r"state: expected inner as torch\.float64"):
         layer(torch.zeros(2, 3, 8, dtype=torch.float64), state)
+
+
+def test_memories_that_start_empty_are_so_in_every_resolution() -> None:
+    layer = build(empty_memory=True)
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    before = layer(x)[0]
+    main = [layer.memory.outer, *(local.memory.outer for local in layer._locals())]
+    before.square().sum().backward()
+    for outer in main:
+        assert outer[:, -1].abs().max() > 0  # whatever the parameter holds
+        assert outer.grad is None or outer.grad[:, -1].abs().max() == 0
+    with torch.no_grad():
+        for outer in main:
+            outer[:, -1] = 0
+    torch.testing.assert_close(layer(x)[0], before, rtol=0, atol=1e-12)
