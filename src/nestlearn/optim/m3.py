@@ -153,7 +153,8 @@ def _divide(
             root.div_(variance.mean((-2, -1), keepdim=True).sqrt() + tiny).add_(eps + tiny)
         torch._foreach_div_(updates, roots)
         for u, m, variance, step in zip(updates, memories.fast, memories.variances, memories.steps, strict=True):
-            size = -ADAMW_RMS / (u.square().mean((-2, -1), keepdim=True).sqrt() + _tiny(u))
+            rms = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True) / math.sqrt(u.shape[-2] * u.shape[-1])
+            size = -ADAMW_RMS / (rms + _tiny(u))
             u.mul_(size * _presence(m, variance, step, betas))
     else:
         torch._foreach_add_(roots, eps)
